@@ -1,0 +1,121 @@
+"""Configuration of MoCa models: a stock vision-language backbone plus what bidirectional pre-training adds."""
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PretrainedConfig
+
+POOLING_MODES = ("mean", "last")
+
+
+class MoCaConfig(PretrainedConfig):
+    """Architecture of a [`MoCaModel`] or [`MoCaForPreTraining`].
+
+    Args:
+        backbone_config (`dict` or `PretrainedConfig`, *optional*): configuration of the stock vision-language model;
+            a default Qwen2.5-VL configuration when omitted.
+        bidirectional (`bool`, defaults to `True`): every token attends to every token that is not padding; `False`
+            keeps the backbone's causal mask (paper section 3.1). The vision tower is the same either way.
+        pooling (`str`, defaults to `"mean"`): `"mean"` over all non-padding tokens, or `"last"`, the last
+            non-padding token (the causal baseline).
+        mask_token_id (`int`, *optional*): id of the tokenizer's mask token.
+        shift_labels (`bool`, defaults to `True`): the prediction for token i is read from the state at i - 1 (paper);
+            `False` reads it from the state at i (the authors' released code).
+        mae_loss_weight (`float`, defaults to 0.5): w in `loss = mlm_loss + w * mae_loss` (paper section 3.1).
+        initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
+
+    Raises:
+        ValueError: `pooling` is not a known mode, or `mae_loss_weight` is negative.
+
+    Example:
+
+    ```python
+    >>> from modeling_moca import MoCaConfig
+
+    >>> MoCaConfig(bidirectional=True).backbone_config.get_text_config().is_causal
+    False
+    ```
+    """
+
+    model_type = "moca"
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def __init__(
+        self,
+        backbone_config=None,
+        bidirectional=True,
+        pooling="mean",
+        mask_token_id=None,
+        shift_labels=True,
+        mae_loss_weight=0.5,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        if pooling not in POOLING_MODES:
+            raise ValueError(f"pooling must be one of {list(POOLING_MODES)}, got {pooling!r}.")
+        if mae_loss_weight < 0:
+            raise ValueError(f"mae_loss_weight must be at least 0, got {mae_loss_weight}.")
+        if backbone_config is None:
+            backbone_config = AutoConfig.for_model("qwen2_5_vl")
+        elif isinstance(backbone_config, dict):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        # A published folder must name every door, whichever class was saved last.
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_moca.MoCaConfig",
+                "AutoModel": "modeling_moca.MoCaModel",
+                "AutoModelForPreTraining": "modeling_moca.MoCaForPreTraining",
+                "AutoProcessor": "processing_moca.MoCaProcessor",
+            },
+        )
+        kwargs.pop("tie_word_embeddings", None)
+        self.backbone_config = backbone_config
+        self.bidirectional = bidirectional
+        self.pooling = pooling
+        self.mask_token_id = mask_token_id
+        self.shift_labels = shift_labels
+        self.mae_loss_weight = mae_loss_weight
+        self.initializer_range = initializer_range
+        # Last, because it validates what was set.
+        super().__init__(tie_word_embeddings=getattr(backbone_config, "tie_word_embeddings", False), **kwargs)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        # transformers reads causality from the text configuration alone: keep it true to the one public flag, also
+        # when from_pretrained(..., bidirectional=False) sets the attribute after construction.
+        if name in ("bidirectional", "backbone_config") and {"bidirectional", "backbone_config"} <= self.__dict__.keys():
+            text_config = self.backbone_config.get_text_config()
+            text_config.is_causal = not self.bidirectional
+            text_config.use_cache = False
+
+    def get_text_config(self, *args, **kwargs):
+        """Return the language model's configuration (what generic code of transformers and trl asks for)."""
+        return self.backbone_config.get_text_config(*args, **kwargs)
+
+    @property
+    def hidden_size(self):
+        """Width d of the hidden states and of the embedding."""
+        return self.get_text_config().hidden_size
+
+    @property
+    def vocab_size(self):
+        """Number of rows of the embedding matrix, spare rows included."""
+        return self.get_text_config().vocab_size
+
+    @property
+    def image_token_id(self):
+        """Id of the token that stands for one merged group of image patches."""
+        return self.backbone_config.image_token_id
+
+    @property
+    def num_patches_per_token(self):
+        """Rows of `pixel_values` that one image token owns (merge size squared)."""
+        return self.backbone_config.vision_config.spatial_merge_size**2
+
+    @property
+    def patch_dim(self):
+        """Values in one row of `pixel_values` (channels x temporal patch size x patch height x patch width)."""
+        vision = self.backbone_config.vision_config
+        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+
+
+__all__ = ["MoCaConfig"]

@@ -1,0 +1,153 @@
+"""Turn a vision-language checkpoint into a MoCa model without losing or inventing a single tensor.
+
+The stock class of transformers loads the checkpoint, since its renaming of old key layouts applies only there; then
+its modules are moved. This file stays at home: the copy of a model on the Hub does not carry it.
+"""
+
+import copy
+import json
+import logging
+import os
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .configuration_moca import MoCaConfig
+
+logger = logging.getLogger(__name__)
+
+# The published pre-training checkpoints keep their MAE head beside the stock layout under these names.
+PUBLISHED_HEADS = {"mae_decoder.": "decoder.", "mae_proj.": "proj."}
+
+
+def convert(
+    model_class,
+    backbone,
+    *,
+    bidirectional=True,
+    pooling=None,
+    mask_token_id=None,
+    shift_labels=True,
+    mae_loss_weight=0.5,
+    **load_kwargs,
+):
+    """Build `model_class` from a stock vision-language model or checkpoint.
+
+    Args:
+        model_class (`type`): [`MoCaModel`] or [`MoCaForPreTraining`].
+        backbone (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or loaded model (its modules are moved).
+        bidirectional (`bool`, defaults to `True`): attend both ways.
+        pooling (`str`, *optional*): `"mean"` or `"last"`; mean for a bidirectional model, last for a causal one.
+        mask_token_id (`int`, *optional*): the tokenizer's mask token; the embedding matrix grows if the id lies
+            outside it (Qwen's has spare rows).
+        shift_labels, mae_loss_weight: see [`MoCaConfig`].
+        load_kwargs: passed to `from_pretrained` of the stock class (`dtype`, `attn_implementation`, `revision`, ...);
+            only with a name or folder.
+
+    Returns:
+        The MoCa model, in evaluation mode. Its MAE decoder starts from the middle layer (index n // 2) unless the
+        checkpoint brings a trained one.
+
+    Raises:
+        ValueError: missing, unexpected or mis-shaped tensors (all are listed), a loaded model that is not a
+            vision-language model, or `load_kwargs` beside a loaded model.
+    """
+    published_head = {}
+    if isinstance(backbone, PreTrainedModel):
+        if load_kwargs:
+            raise ValueError(f"{sorted(load_kwargs)} only apply when a checkpoint is loaded, but a model was given.")
+        stock, source = backbone, type(backbone).__name__
+    else:
+        needs_lm_head = hasattr(model_class, "get_output_embeddings") and model_class.__name__ == "MoCaForPreTraining"
+        stock, published_head = _load_stock(backbone, needs_lm_head, load_kwargs)
+        source = os.fspath(backbone)
+    inner = getattr(stock, "model", stock)
+    if not hasattr(inner, "get_rope_index") or not hasattr(stock.config, "vision_config"):
+        raise ValueError(
+            f"{source} is not a vision-language model of the Qwen-VL families: got {type(stock).__name__}, expected for "
+            "example Qwen2_5_VLForConditionalGeneration."
+        )
+
+    config = MoCaConfig(
+        backbone_config=copy.deepcopy(stock.config),
+        bidirectional=bidirectional,
+        pooling=pooling or ("mean" if bidirectional else "last"),
+        mask_token_id=mask_token_id,
+        shift_labels=shift_labels,
+        mae_loss_weight=mae_loss_weight,
+        dtype=stock.dtype,
+    )
+    with torch.device("meta"):  # every tensor is moved in below: none is allocated, none stays random
+        model = model_class(config)
+    body = model.moca if hasattr(model, "mae_head") else model
+    body.backbone = inner
+    if hasattr(model, "mae_head"):
+        _fill_heads(model, stock, published_head, source)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    assert not left, f"conversion left tensors unfilled: {left}"
+    model.set_attn_implementation(stock.config._attn_implementation)
+    if mask_token_id is not None and mask_token_id >= config.vocab_size:
+        logger.info("Growing the embedding matrix from %d rows to hold mask token %d.", config.vocab_size, mask_token_id)
+        model.resize_token_embeddings(mask_token_id + 1)
+    return model.eval()
+
+
+def _load_stock(name, needs_lm_head, load_kwargs):
+    """Load a checkpoint with its stock class; return it and the MAE head tensors a published checkpoint brings."""
+    stock, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **load_kwargs)
+    head_keys = {key for key in info["unexpected_keys"] if key.startswith(tuple(PUBLISHED_HEADS))}
+    missing = {key for key in info["missing_keys"] if needs_lm_head or not key.startswith("lm_head.")}
+    problems = {
+        "missing": sorted(missing),
+        "unexpected": sorted(set(info["unexpected_keys"]) - head_keys),
+        "of another shape": sorted(str(entry) for entry in info["mismatched_keys"]),
+    }
+    problems = {kind: keys for kind, keys in problems.items() if keys}
+    if problems:
+        listed = "; ".join(f"{len(keys)} {kind}: {keys}" for kind, keys in problems.items())
+        raise ValueError(f"The checkpoint {os.fspath(name)} does not fit {type(stock).__name__}: {listed}.")
+    if not (head_keys and needs_lm_head):
+        return stock, {}
+    hub_kwargs = {key: load_kwargs[key] for key in ("revision", "cache_dir", "token") if key in load_kwargs}
+    return stock, _read_tensors(name, head_keys, hub_kwargs)
+
+
+def _read_tensors(name, keys, hub_kwargs):
+    """Read some tensors of a safetensors checkpoint, one shard or many, without loading the rest."""
+    index_file = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if index_file is None:
+        shards = {key: SAFE_WEIGHTS_NAME for key in keys}
+    else:
+        with open(index_file, encoding="utf-8") as file:
+            shards = json.load(file)["weight_map"]
+    tensors = {}
+    for shard in sorted({shards[key] for key in keys}):
+        with safe_open(cached_file(name, shard, **hub_kwargs), framework="pt") as file:
+            tensors.update({key: file.get_tensor(key) for key in keys if shards[key] == shard})
+    return tensors
+
+
+def _fill_heads(model, stock, published_head, source):
+    """Move the vocabulary projection; give the MAE head its trained weights or those of the middle layer."""
+    lm_head = stock.get_output_embeddings()
+    if lm_head is None:
+        raise ValueError(f"{source} has no lm_head, which masked language modelling needs: give the full model.")
+    model.mlm_head.lm_head = lm_head
+    layers = model.moca.language_model.layers
+    head = model.mae_head
+    head.decoder = copy.deepcopy(layers[len(layers) // 2])
+    head.proj.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype)
+    torch.nn.init.normal_(head.proj.weight, std=0.02)
+    torch.nn.init.zeros_(head.proj.bias)
+    if published_head:
+        renamed = {}
+        for key, tensor in published_head.items():
+            prefix = next(prefix for prefix in PUBLISHED_HEADS if key.startswith(prefix))
+            renamed[PUBLISHED_HEADS[prefix] + key.removeprefix(prefix)] = tensor
+        try:
+            head.load_state_dict(renamed)
+        except RuntimeError as error:
+            raise ValueError(f"The MAE head of {source} does not fit: {error}") from error
+        logger.info("Took over the trained MAE head of %s.", source)

@@ -1,0 +1,340 @@
+"""MoCa models: a stock vision-language backbone with bidirectional attention, pooling and reconstruction heads.
+
+Source: MoCa, arXiv 2506.23115. This file travels to the Hub as remote code: it imports torch and transformers only.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_moca import MoCaConfig
+from .heads_moca import MoCaMAEHead, MoCaMLMHead, masked_patch_loss, masked_token_loss
+
+
+@dataclass
+class MoCaPreTrainingOutput(ModelOutput):
+    """Output of [`MoCaForPreTraining`].
+
+    Args:
+        loss (`torch.Tensor`, *optional*): `mlm_loss + config.mae_loss_weight * mae_loss`.
+        mlm_loss (`torch.Tensor`, *optional*): cross-entropy per chosen token.
+        mae_loss (`torch.Tensor`, *optional*): mean squared error per chosen patch.
+        mlm_logits (`torch.Tensor` of shape `(num_chosen_tokens, vocab_size)`, *optional*): at chosen positions only.
+        patch_predictions (`torch.Tensor` of shape `(num_chosen, num_patches_per_token, patch_dim)`, *optional*).
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`).
+    """
+
+    loss: torch.Tensor | None = None
+    mlm_loss: torch.Tensor | None = None
+    mae_loss: torch.Tensor | None = None
+    mlm_logits: torch.Tensor | None = None
+    patch_predictions: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+
+
+def pool(hidden_states, attention_mask, pooling):
+    """Pool token states into one vector a row, in float32 (paper section 3.2).
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): final-normed states.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
+        pooling (`str`): `"mean"` over non-padding tokens, image tokens included, or `"last"` non-padding token.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, hidden_size)`, in the dtype of `hidden_states`.
+    """
+    if attention_mask is None:
+        attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.long)
+    if pooling == "mean":
+        weights = attention_mask.unsqueeze(-1).float()  # [B, T, 1]
+        # In bf16 a long row's token count itself would be rounded.
+        pooled = (hidden_states.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)  # [B, d]
+        return pooled.to(hidden_states.dtype)
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)  # [T]
+    last = (attention_mask.long() * (positions + 1)).argmax(-1)  # [B], right for either padding side
+    return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+
+class MoCaPreTrainedModel(PreTrainedModel):
+    """What both MoCa models share: configuration class, checkpoint prefix and supported attention paths."""
+
+    config_class = MoCaConfig
+    base_model_prefix = "moca"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_backbone(cls, backbone, **kwargs):
+        """Build this model from a stock vision-language model or checkpoint, taking over all of its weights.
+
+        Args:
+            backbone (`str`, `os.PathLike` or `PreTrainedModel`): Hub id, folder or loaded model. A loaded model's
+                modules are moved, not copied: do not go on training it.
+            kwargs: see [`modeling_moca.conversion.convert`].
+
+        Returns:
+            [`MoCaModel`] or [`MoCaForPreTraining`], the class this was called on, in evaluation mode.
+
+        Raises:
+            ImportError: the `moca` package is not installed (the copy on the Hub does not carry the conversion).
+            ValueError: weights are missing, unexpected or of another shape; the message lists them.
+
+        Example:
+
+        ```python
+        >>> model = MoCaForPreTraining.from_backbone("Qwen/Qwen2.5-VL-3B-Instruct", mask_token_id=151665)
+        ```
+        """
+        try:
+            # By name, at run time: the remote-code loader refuses a file that imports the package.
+            conversion = importlib.import_module("modeling_moca.conversion")
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                "from_backbone needs the installed `moca` package; a model loaded from the Hub cannot convert."
+            ) from error
+        return conversion.convert(cls, backbone, **kwargs)
+
+
+class MoCaModel(MoCaPreTrainedModel):
+    """Embed text, images and interleaved input with one bidirectional vision-language model.
+
+    Args:
+        config ([`MoCaConfig`]): architecture.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModel, AutoProcessor
+
+    >>> model = AutoModel.from_pretrained("org/moca-3b", trust_remote_code=True)
+    >>> processor = AutoProcessor.from_pretrained("org/moca-3b", trust_remote_code=True)
+    >>> embedding = model(**processor(text=["a page about tides"], return_tensors="pt")).pooler_output
+    ```
+    """
+
+    # The heads of a pre-training checkpoint are left out on purpose, not by accident.
+    _keys_to_ignore_on_load_unexpected = [r"^mlm_head\.", r"^mae_head\."]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        self._no_split_modules = list(self.backbone._no_split_modules or [])
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.backbone.set_input_embeddings(value)
+
+    @property
+    def language_model(self):
+        """The text transformer inside the backbone."""
+        return self.backbone.get_decoder()
+
+    def get_position_ids(self, input_ids, attention_mask=None, image_grid_thw=None):
+        """Return rotary positions: temporal, height and width for image tokens, the same number thrice for text.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): patches in time, height, width.
+
+        Returns:
+            `torch.LongTensor` of shape `(3, batch_size, sequence_length)`.
+        """
+        # Left to itself the backbone falls back to 1-D positions unless it is told where the image tokens are.
+        image_tokens = (input_ids == self.config.image_token_id).int()  # [B, T]
+        position_ids, _ = self.backbone.get_rope_index(
+            input_ids, mm_token_type_ids=image_tokens, image_grid_thw=image_grid_thw, attention_mask=attention_mask
+        )
+        return position_ids
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        position_ids=None,
+        **kwargs,
+    ):
+        """Return token states and one pooled, not yet normalised vector a row.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): one image token for every
+                `config.num_patches_per_token` rows of `pixel_values`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real tokens, 0
+                for padding on either side; all 1 when omitted.
+            pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`, *optional*): patches of all images of
+                the batch, one after another.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): patches in time, height, width.
+            position_ids (`torch.LongTensor` of shape `(3, batch_size, sequence_length)`, *optional*): computed from
+                the input when omitted.
+            kwargs: `output_hidden_states`, `output_attentions`.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)`,
+            `pooler_output` of shape `(batch_size, hidden_size)`.
+
+        Raises:
+            ValueError: image tokens and rows of `pixel_values` or `image_grid_thw` do not belong together.
+        """
+        self._check_images(input_ids, pixel_values, image_grid_thw)
+        if position_ids is None:
+            position_ids = self.get_position_ids(input_ids, attention_mask, image_grid_thw)
+        # config.bidirectional is the one truth; the layers read the copy in the text configuration.
+        self.language_model.config.is_causal = not self.config.bidirectional
+        kwargs = {name: value for name, value in kwargs.items() if name.startswith("output_")}
+        outputs = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=image_grid_thw,
+            use_cache=False,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # [B, T, d]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=pool(hidden_states, attention_mask, self.config.pooling),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _check_images(self, input_ids, pixel_values, image_grid_thw):
+        num_image_tokens = int((input_ids == self.config.image_token_id).sum())
+        if pixel_values is None:
+            if num_image_tokens:
+                raise ValueError(f"input_ids hold {num_image_tokens} image tokens, but pixel_values is None.")
+            return
+        if image_grid_thw is None:
+            raise ValueError("pixel_values need image_grid_thw of shape (num_images, 3), got None.")
+        num_grid_patches = int(image_grid_thw.prod(-1).sum())
+        num_patches = pixel_values.shape[0]
+        if num_grid_patches != num_patches or num_patches != num_image_tokens * self.config.num_patches_per_token:
+            raise ValueError(
+                f"input_ids hold {num_image_tokens} image tokens, which own "
+                f"{num_image_tokens * self.config.num_patches_per_token} rows of pixel_values; got {num_patches} rows, "
+                f"and image_grid_thw counts {num_grid_patches}."
+            )
+
+
+class MoCaForPreTraining(MoCaPreTrainedModel):
+    """Reconstruct masked tokens and masked patches in one forward pass (paper section 3.1).
+
+    Args:
+        config ([`MoCaConfig`]): architecture, label shift and loss weight.
+    """
+
+    # The loss divides by the counts it is given, so Trainer must not scale it again.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.moca = MoCaModel(config)
+        self._no_split_modules = self.moca._no_split_modules
+        self.mlm_head = MoCaMLMHead(config.hidden_size, config.vocab_size)
+        self.mae_head = MoCaMAEHead(config, type(self.moca.language_model.layers[0]))
+        embeddings = self.get_input_embeddings()
+        embeddings_name = next(name for name, module in self.named_modules() if module is embeddings)
+        self._tied_weights_keys = {"mlm_head.lm_head.weight": f"{embeddings_name}.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.moca.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.moca.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.mlm_head.lm_head
+
+    def set_output_embeddings(self, value):
+        self.mlm_head.lm_head = value
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        pixel_values=None,
+        image_grid_thw=None,
+        labels=None,
+        patch_mask=None,
+        patch_labels=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """Return both reconstruction losses of one masked batch.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): chosen tokens already replaced by
+                the mask token.
+            attention_mask, pixel_values, image_grid_thw: as in [`MoCaModel.forward`]; chosen rows of `pixel_values`
+                already replaced by noise.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): original ids at chosen
+                tokens, -100 elsewhere, at the tokens' own positions (`config.shift_labels` moves the states).
+            patch_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): chosen image tokens.
+            patch_labels (`torch.Tensor` of shape `(num_chosen, num_patches_per_token, patch_dim)`, *optional*):
+                original pixel rows of the chosen image tokens, in the order of `patch_mask`.
+            num_items_in_batch (`torch.Tensor` of shape `(2,)`, *optional*): chosen tokens and chosen patches of the
+                whole optimisation step, over accumulation and ranks; this batch's own when omitted.
+
+        Returns:
+            [`MoCaPreTrainingOutput`]
+
+        Raises:
+            ValueError: only one of `patch_mask` and `patch_labels` is given, or their sizes do not agree.
+        """
+        if (patch_mask is None) != (patch_labels is None):
+            missing = "patch_mask" if patch_mask is None else "patch_labels"
+            raise ValueError(f"patch_mask and patch_labels belong together, but {missing} is None.")
+        position_ids = self.moca.get_position_ids(input_ids, attention_mask, image_grid_thw)
+        outputs = self.moca(input_ids, attention_mask, pixel_values, image_grid_thw, position_ids=position_ids)
+        hidden_states = outputs.last_hidden_state  # [B, T, d]
+        num_tokens, num_patches = (None, None) if num_items_in_batch is None else num_items_in_batch
+
+        mlm_loss = mae_loss = mlm_logits = patch_predictions = None
+        if labels is not None:
+            mlm_logits, chosen_labels = self.mlm_head(hidden_states, labels, self.config.shift_labels)
+            mlm_loss = masked_token_loss(mlm_logits, chosen_labels, num_tokens)
+        if patch_mask is not None:
+            position_embeddings = self.moca.language_model.rotary_emb(hidden_states, position_ids)
+            patch_predictions = self.mae_head(hidden_states, attention_mask, position_embeddings, patch_mask)
+            mae_loss = masked_patch_loss(patch_predictions, patch_labels, num_patches)
+        loss = mlm_loss
+        if mae_loss is not None:
+            weighted = self.config.mae_loss_weight * mae_loss
+            loss = weighted if loss is None else loss + weighted
+        return MoCaPreTrainingOutput(
+            loss=loss,
+            mlm_loss=mlm_loss,
+            mae_loss=mae_loss,
+            mlm_logits=mlm_logits,
+            patch_predictions=patch_predictions,
+            last_hidden_state=hidden_states,
+            pooler_output=outputs.pooler_output,
+        )
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self.mae_head.proj:
+            # N(0, 0.02) and bias 0 whatever the backbone's own range is (paper appendix).
+            nn.init.normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+
+
+__all__ = ["MoCaForPreTraining", "MoCaModel", "MoCaPreTrainedModel", "MoCaPreTrainingOutput", "pool"]

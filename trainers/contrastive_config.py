@@ -1,0 +1,102 @@
+"""Settings of contrastive fine-tuning (MoCa stage 2)."""
+
+from dataclasses import dataclass, field
+
+from sentence_transformers import SentenceTransformerTrainingArguments
+from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+
+
+@dataclass
+class ContrastiveConfig(SentenceTransformerTrainingArguments):
+    r"""Settings of [`ContrastiveTrainer`]: everything of
+    [`~sentence_transformers.SentenceTransformerTrainingArguments`], plus loss and mixture.
+
+    Only what differs is listed. Source of the numbers: MoCa, arXiv 2506.23115, sections 3.2 and 4.1.
+
+    The contrastive batch is `per_device_train_batch_size` times the number of ranks (paper: 2048). Gradient
+    accumulation does NOT enlarge it: accumulated batches never see each other's rows. For a large batch in little
+    memory set `mini_batch_size`.
+
+    Parameters:
+        > Loss
+
+        temperature (`float`, *optional*, defaults to `0.03`):
+            Divisor of the cosine (paper).
+        all_negatives (`bool`, *optional*, defaults to `True`):
+            A row's hard negatives count for every row of the global batch (paper). `False`: only for their own row
+            (the authors' released code).
+        symmetric (`bool`, *optional*, defaults to `False`):
+            Average with the loss of finding the query from the positive.
+        false_negative_margin (`float`, *optional*):
+            Leave out candidates whose cosine exceeds the positive's by more than this. Keeps all when not set.
+        mini_batch_size (`int`, *optional*):
+            Rows a column embedded at a time, with cached gradients; pixels then stay on the host until their
+            mini-batch comes. Whole columns are embedded when not set.
+
+        > Data
+
+        task_alpha (`float`, *optional*, defaults to `1.0`):
+            Exponent of the mixture of tasks: 1 uses every row once an epoch, less draws fewer from large tasks, 0
+            equally many from each.
+        max_length (`int`, *optional*):
+            Most tokens of an input, image tokens included; the processor's own limit when not set.
+
+    > [!NOTE]
+    > These parameters have default values different from
+    > [`~sentence_transformers.SentenceTransformerTrainingArguments`]:
+    > - `learning_rate`: `1e-5` instead of `5e-5` (paper; the authors' released script: 2e-5).
+    > - `num_train_epochs`: `1` instead of `3`.
+    > - `warmup_steps`: `0.1` instead of `0`: a tenth of all steps.
+    > - `logging_steps`: `10` instead of `500`: losses of single tasks are what one watches here.
+    > - `ddp_find_unused_parameters`: `False`: a step runs one forward pass a column, and the search for unused
+    >   parameters looks at the last one only. The trainer keeps the vision tower in use instead.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW (paper: 1e-5)."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the mixture."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up; below 1, a share of all steps."}
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps; below 1, a share of all steps."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Must stay False: a step runs several forward passes."}
+    )
+
+    temperature: float = field(default=0.03, metadata={"help": "Divisor of the cosine (paper: 0.03)."})
+    all_negatives: bool = field(
+        default=True,
+        metadata={"help": "Hard negatives count for every row (paper), or for their own row only (released code)."},
+    )
+    symmetric: bool = field(default=False, metadata={"help": "Average with the loss from positive to query."})
+    false_negative_margin: float | None = field(
+        default=None, metadata={"help": "Leave out candidates this much nearer than the positive."}
+    )
+    mini_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows a column embedded at a time, with cached gradients."}
+    )
+    task_alpha: float = field(
+        default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of an input; the processor's own limit when not set."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature} (ContrastiveConfig).")
+        if not 0 <= self.task_alpha <= 1:
+            raise ValueError(f"task_alpha must lie in [0, 1], got {self.task_alpha} (ContrastiveConfig).")
+        if self.mini_batch_size is not None and self.mini_batch_size < 1:
+            raise ValueError(f"mini_batch_size must be at least 1, got {self.mini_batch_size} (ContrastiveConfig).")
+        if (
+            self.batch_sampler != BatchSamplers.BATCH_SAMPLER
+            or self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL
+        ):
+            raise ValueError(
+                "ContrastiveTrainer deals global batches of one task itself: leave batch_sampler and "
+                "multi_dataset_batch_sampler unset and shape the mixture with task_alpha, got "
+                f"{self.batch_sampler!r} and {self.multi_dataset_batch_sampler!r}."
+            )

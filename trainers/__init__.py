@@ -1,0 +1,26 @@
+"""Training of MoCa models: continual pre-training (stage 1), contrastive fine-tuning (stage 2), evaluation.
+
+Names are imported when first used, so that one stage does not need the other one's dependencies.
+"""
+
+import importlib
+
+_EXPORTS = {
+    "CPTCollator": "cpt_collator",
+    "CPTConfig": "cpt_config",
+    "CPTTrainer": "cpt_trainer",
+    "mask_patches": "masking",
+    "mask_tokens": "masking",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

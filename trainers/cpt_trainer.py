@@ -1,0 +1,197 @@
+"""Trainer of continual pre-training: the stock loop, with a loss that is an exact mean over the global step."""
+
+import time
+
+import torch
+from transformers import Trainer
+
+from .cpt_collator import BAD_ROW_REASONS, CPTCollator
+from .cpt_config import CPTConfig
+from .masking import IGNORE_INDEX
+
+
+class CPTTrainer(Trainer):
+    """Train [`MoCaForPreTraining`] to reconstruct masked tokens and patches (paper section 3.1).
+
+    Both losses are means over all tokens and all patches hidden in one optimisation step, over gradient accumulation
+    and ranks. They are logged as `mlm_loss` and `mae_loss`, beside `num_masked_tokens`, `num_masked_patches` (rows of
+    pixels), `tokens_per_second` (not padding) and, with `on_bad_row="skip"`, `skipped_rows/<reason>`; in evaluation
+    with the prefix `eval_`. Evaluation draws the same masks every time.
+
+    Args:
+        model ([`MoCaForPreTraining`]): the model; `mae_loss_weight` and `shift_labels` of `args` are written to its
+            configuration.
+        args ([`CPTConfig`], *optional*): settings; all defaults when omitted.
+        processing_class ([`MoCaProcessor`]): makes the batches, and is saved with every checkpoint.
+        data_collator (`Callable`, *optional*): a [`CPTCollator`] made from `args` when omitted.
+        kwargs: passed on to [`~transformers.Trainer`].
+
+    Raises:
+        ValueError: neither `processing_class` nor `data_collator` is given, more than one device a process, or a model
+            that cannot be told the number of items.
+
+    Example:
+
+    ```python
+    >>> trainer = CPTTrainer(model, CPTConfig(output_dir="moca-cpt"), train_dataset=rows, processing_class=processor)
+    >>> trainer.train()
+    ```
+    """
+
+    # The model divides by the counts of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args=None, *, processing_class=None, data_collator=None, **kwargs):
+        args = CPTConfig(output_dir="moca-cpt") if args is None else args
+        if args.n_gpu > 1:
+            raise ValueError(f"One process drives one device, got {args.n_gpu}; start with `accelerate launch`.")
+        if not getattr(model, "accepts_loss_kwargs", False):
+            raise ValueError(
+                f"{type(model).__name__} does not take num_items_in_batch (accepts_loss_kwargs is not set); use "
+                "MoCaForPreTraining.from_backbone(...) or from_pretrained(...)."
+            )
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("compute_metrics is not supported: evaluation reports losses, and keeps no predictions.")
+        if data_collator is None:
+            if processing_class is None:
+                raise ValueError("CPTTrainer needs a processing_class (MoCaProcessor), or a data_collator.")
+            data_collator, self._eval_collator = (_collator(processing_class, args) for _ in range(2))
+        else:
+            self._eval_collator = data_collator
+        # The one place where the loss settings reach the model.
+        model.config.mae_loss_weight = args.mae_loss_weight
+        model.config.shift_labels = args.shift_labels
+        super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        self._start_train_window()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Return the evaluation loader; its collator stays at epoch 0, so that evaluations can be compared."""
+        train_collator, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def _run_epoch(self, *args, **kwargs):
+        # Before the loader's workers are started or woken.
+        if hasattr(self.data_collator, "set_epoch"):
+            self.data_collator.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Return the tokens and the patches hidden in this step, over accumulation and ranks: int64 of shape `(2,)`."""
+        counts = torch.zeros(3 + len(BAD_ROW_REASONS), dtype=torch.int64, device=device)
+        for batch in batch_samples:
+            counts[3:] += _pop_skipped_rows(batch, device)
+            counts[:3] += _count(batch, device)
+        # Ranks of one tensor-parallel group hold the same batch.
+        counts = self.accelerator.reduce(counts, "sum") // self.get_tp_size()
+        self._train_counts += counts
+        self._train_steps += 1
+        return counts[:2]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return `mlm_loss + w * mae_loss`: this rank's share of the global mean, times the number of ranks."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            self._train_losses += _losses(outputs)
+        # Gradients are averaged over ranks later, while the counts are already global.
+        loss = outputs["loss"] * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add this batch's summed losses and counts to the running sums; nothing is gathered."""
+        _pop_skipped_rows(inputs, "cpu")
+        inputs = self._without_repeated_rows(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # Divided by 1, the losses are sums.
+            outputs = model(**inputs, num_items_in_batch=inputs["labels"].new_ones(2))
+        self._eval_sums += torch.cat([_losses(outputs).cpu(), _count(inputs, "cpu")[:2]])
+        return None, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """Return metrics `loss`, `mlm_loss` and `mae_loss`: sums over sums, whatever the batch size and the ranks."""
+        start = time.perf_counter()
+        self._eval_sums = torch.zeros(4, dtype=torch.float64)  # MLM and MAE sums, tokens, patches
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self.accelerator.reduce(self._eval_sums.to(self.args.device), "sum").tolist()
+        mlm_loss, mae_loss = sums[0] / max(sums[2], 1), sums[1] / max(sums[3], 1)
+        output.metrics[f"{metric_key_prefix}_loss"] = mlm_loss + self.args.mae_loss_weight * mae_loss
+        output.metrics[f"{metric_key_prefix}_mlm_loss"] = mlm_loss
+        output.metrics[f"{metric_key_prefix}_mae_loss"] = mae_loss
+        # Evaluation is no training time.
+        self._train_start += time.perf_counter() - start
+        return output
+
+    def _without_repeated_rows(self, inputs):
+        """Take the targets from the rows that were repeated to give every rank a last batch."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        num_own = state.remainder - self.accelerator.process_index * self.args.eval_batch_size
+        num_own = max(num_own, 0)
+        inputs["labels"][num_own:] = IGNORE_INDEX
+        if "patch_mask" in inputs:
+            inputs["patch_mask"][num_own:] = False
+            inputs["patch_labels"] = inputs["patch_labels"][: int(inputs["patch_mask"].sum())]
+        return inputs
+
+    def train(self, *args, **kwargs):
+        """Train; see [`~transformers.Trainer.train`]."""
+        self._start_train_window()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        """Log; training logs get both losses, counts and speed since the last log, over all ranks."""
+        if "loss" in logs and self.is_in_train:
+            losses = self.accelerator.reduce(self._train_losses, "sum") / max(self._train_steps, 1)
+            logs["mlm_loss"], logs["mae_loss"] = losses.tolist()
+            logs["num_masked_tokens"], logs["num_masked_patches"], num_tokens, *skipped = self._train_counts.tolist()
+            logs["tokens_per_second"] = num_tokens / max(time.perf_counter() - self._train_start, 1e-9)
+            if self.args.on_bad_row == "skip":
+                logs["skipped_rows"] = sum(skipped)
+                by_reason = zip(BAD_ROW_REASONS, skipped, strict=True)
+                logs |= {f"skipped_rows/{reason}": number for reason, number in by_reason if number}
+            self._start_train_window()
+        super().log(logs, start_time)
+
+    def _start_train_window(self):
+        """Start a new stretch between two logs; sums stay on the device, so that no step waits for it."""
+        self._train_losses = torch.zeros(2, device=self.args.device)  # MLM, MAE
+        self._train_counts = torch.zeros(3 + len(BAD_ROW_REASONS), dtype=torch.int64, device=self.args.device)
+        self._train_steps = 0
+        self._train_start = time.perf_counter()
+
+
+def _collator(processor, args):
+    return CPTCollator(
+        processor,
+        mlm_ratio=args.mlm_ratio,
+        mae_ratio=args.mae_ratio,
+        patch_noise=args.patch_noise,
+        shift_labels=args.shift_labels,
+        max_length=args.max_length,
+        seed=args.seed if args.mask_seed is None else args.mask_seed,
+        on_bad_row=args.on_bad_row,
+        ignored_columns=(args.length_column_name,),
+    )
+
+
+def _pop_skipped_rows(batch, device):
+    return torch.as_tensor(batch.pop("skipped_rows", 0), device=device)
+
+
+def _count(batch, device):
+    """Return the hidden tokens, hidden patches and tokens of one batch: int64 of shape `(3,)`."""
+    num_patches = batch["patch_labels"].shape[:2].numel() if "patch_labels" in batch else 0
+    num_masked_tokens, num_tokens = (batch["labels"] != IGNORE_INDEX).sum(), batch["attention_mask"].sum()
+    return torch.stack([num_masked_tokens, num_tokens.new_tensor(num_patches), num_tokens]).to(device)
+
+
+def _losses(outputs):
+    """Return MLM and MAE loss of one batch, 0 where it has none: float32 of shape `(2,)`."""
+    zero = outputs["loss"].new_zeros(())
+    return torch.stack([outputs["mlm_loss"], outputs.get("mae_loss", zero)]).detach().float()
+
+
+__all__ = ["CPTTrainer"]

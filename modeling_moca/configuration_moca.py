@@ -82,7 +82,10 @@ class MoCaConfig(PretrainedConfig):
         super().__setattr__(name, value)
         # transformers reads causality from the text configuration alone: keep it true to the one public flag, also
         # when from_pretrained(..., bidirectional=False) sets the attribute after construction.
-        if name in ("bidirectional", "backbone_config") and {"bidirectional", "backbone_config"} <= self.__dict__.keys():
+        if (
+            name in ("bidirectional", "backbone_config")
+            and {"bidirectional", "backbone_config"} <= self.__dict__.keys()
+        ):
             text_config = self.backbone_config.get_text_config()
             text_config.is_causal = not self.bidirectional
             text_config.use_cache = False

@@ -4,7 +4,6 @@ The stock class of transformers loads the checkpoint, since its renaming of old 
 its modules are moved. This file stays at home: the copy of a model on the Hub does not carry it.
 """
 
-import copy
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_moca import MoCaConfig
+from .modeling_moca import MoCaForPreTraining, refuse_misfit
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +60,17 @@ def convert(
             raise ValueError(f"{sorted(load_kwargs)} only apply when a checkpoint is loaded, but a model was given.")
         stock, source = backbone, type(backbone).__name__
     else:
-        needs_lm_head = hasattr(model_class, "get_output_embeddings") and model_class.__name__ == "MoCaForPreTraining"
-        stock, published_head = _load_stock(backbone, needs_lm_head, load_kwargs)
+        stock, published_head = _load_stock(backbone, issubclass(model_class, MoCaForPreTraining), load_kwargs)
         source = os.fspath(backbone)
     inner = getattr(stock, "model", stock)
     if not hasattr(inner, "get_rope_index") or not hasattr(stock.config, "vision_config"):
         raise ValueError(
-            f"{source} is not a vision-language model of the Qwen-VL families: got {type(stock).__name__}, expected for "
-            "example Qwen2_5_VLForConditionalGeneration."
+            f"{source} is not a vision-language model of the Qwen-VL families: got {type(stock).__name__}, expected "
+            "for example Qwen2_5_VLForConditionalGeneration."
         )
 
     config = MoCaConfig(
-        backbone_config=copy.deepcopy(stock.config),
+        backbone_config=stock.config,
         bidirectional=bidirectional,
         pooling=pooling or ("mean" if bidirectional else "last"),
         mask_token_id=mask_token_id,
@@ -89,25 +88,21 @@ def convert(
     assert not left, f"conversion left tensors unfilled: {left}"
     model.set_attn_implementation(stock.config._attn_implementation)
     if mask_token_id is not None and mask_token_id >= config.vocab_size:
-        logger.info("Growing the embedding matrix from %d rows to hold mask token %d.", config.vocab_size, mask_token_id)
+        logger.info(
+            "Growing the embedding matrix from %d rows to hold mask token %d.", config.vocab_size, mask_token_id
+        )
         model.resize_token_embeddings(mask_token_id + 1)
     return model.eval()
 
 
 def _load_stock(name, needs_lm_head, load_kwargs):
     """Load a checkpoint with its stock class; return it and the MAE head tensors a published checkpoint brings."""
-    stock, info = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **load_kwargs)
+    stock, info = AutoModelForImageTextToText.from_pretrained(
+        name, output_loading_info=True, ignore_mismatched_sizes=True, **load_kwargs
+    )
     head_keys = {key for key in info["unexpected_keys"] if key.startswith(tuple(PUBLISHED_HEADS))}
-    missing = {key for key in info["missing_keys"] if needs_lm_head or not key.startswith("lm_head.")}
-    problems = {
-        "missing": sorted(missing),
-        "unexpected": sorted(set(info["unexpected_keys"]) - head_keys),
-        "of another shape": sorted(str(entry) for entry in info["mismatched_keys"]),
-    }
-    problems = {kind: keys for kind, keys in problems.items() if keys}
-    if problems:
-        listed = "; ".join(f"{len(keys)} {kind}: {keys}" for kind, keys in problems.items())
-        raise ValueError(f"The checkpoint {os.fspath(name)} does not fit {type(stock).__name__}: {listed}.")
+    optional = tuple(PUBLISHED_HEADS) if needs_lm_head else (*PUBLISHED_HEADS, "lm_head.")
+    refuse_misfit(name, type(stock), info, optional)
     if not (head_keys and needs_lm_head):
         return stock, {}
     hub_kwargs = {key: load_kwargs[key] for key in ("revision", "cache_dir", "token") if key in load_kwargs}
@@ -118,7 +113,7 @@ def _read_tensors(name, keys, hub_kwargs):
     """Read some tensors of a safetensors checkpoint, one shard or many, without loading the rest."""
     index_file = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if index_file is None:
-        shards = {key: SAFE_WEIGHTS_NAME for key in keys}
+        shards = dict.fromkeys(keys, SAFE_WEIGHTS_NAME)
     else:
         with open(index_file, encoding="utf-8") as file:
             shards = json.load(file)["weight_map"]
@@ -137,8 +132,9 @@ def _fill_heads(model, stock, published_head, source):
     model.mlm_head.lm_head = lm_head
     layers = model.moca.language_model.layers
     head = model.mae_head
-    head.decoder = copy.deepcopy(layers[len(layers) // 2])
-    head.proj.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype)
+    # Copied into the new layer, not a copy of the layer: that one would carry a configuration of its own.
+    head.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype)
+    head.decoder.load_state_dict(layers[len(layers) // 2].state_dict())
     torch.nn.init.normal_(head.proj.weight, std=0.02)
     torch.nn.init.zeros_(head.proj.bias)
     if published_head:

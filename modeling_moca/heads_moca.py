@@ -43,7 +43,7 @@ class MoCaMLMHead(nn.Module):
             hidden_states, labels = hidden_states[:, :-1], labels[:, 1:]  # [B, T-1, d], [B, T-1]
         chosen = labels != -100  # [B, T-1]
         logits = self.lm_head(hidden_states[chosen])  # [n, V]
-        return logits.float(), labels[chosen]
+        return _at_least_float32(logits), labels[chosen]
 
 
 class MoCaMAEHead(nn.Module):
@@ -124,10 +124,14 @@ def masked_patch_loss(predicted, target, num_items=None):
             f"patch_labels hold {target.numel()} values of shape {tuple(target.shape)}, but patch_mask chooses "
             f"{predicted.shape[0]} image tokens, which own {tuple(predicted.shape)} values."
         )
-    error = predicted.float() - target.reshape(predicted.shape).float()  # [n, m*m, P]
+    error = _at_least_float32(predicted) - _at_least_float32(target.reshape(predicted.shape))  # [n, m*m, P]
     total = error.square().mean(-1).sum()
     num_patches = predicted.shape[0] * predicted.shape[1]
     return total / _at_least_one(num_patches if num_items is None else num_items)
+
+
+def _at_least_float32(tensor):
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _at_least_one(count):

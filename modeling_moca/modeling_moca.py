@@ -41,7 +41,7 @@ class MoCaPreTrainingOutput(ModelOutput):
 
 
 def pool(hidden_states, attention_mask, pooling):
-    """Pool token states into one vector a row, in float32 (paper section 3.2).
+    """Pool token states into one vector a row, the mean in float32 or better (paper section 3.2).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): final-normed states.
@@ -54,13 +54,40 @@ def pool(hidden_states, attention_mask, pooling):
     if attention_mask is None:
         attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.long)
     if pooling == "mean":
-        weights = attention_mask.unsqueeze(-1).float()  # [B, T, 1]
         # In bf16 a long row's token count itself would be rounded.
-        pooled = (hidden_states.float() * weights).sum(1) / weights.sum(1).clamp(min=1.0)  # [B, d]
+        precise = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))  # [B, T, d]
+        weights = attention_mask.unsqueeze(-1).to(precise.dtype)  # [B, T, 1]
+        pooled = (precise * weights).sum(1) / weights.sum(1).clamp(min=1.0)  # [B, d]
         return pooled.to(hidden_states.dtype)
     positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)  # [T]
     last = (attention_mask.long() * (positions + 1)).argmax(-1)  # [B], right for either padding side
     return hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), last]
+
+
+def refuse_misfit(name, model_class, info, optional=()):
+    """Raise if a checkpoint did not fill a model exactly.
+
+    Args:
+        name (`str` or `os.PathLike`): the checkpoint, for the message.
+        model_class (`type`): the class it was loaded into, for the message.
+        info (`dict`): the stock loading report (`missing_keys`, `unexpected_keys`, `mismatched_keys`).
+        optional (`tuple` of `str`): prefixes of tensors that may be missing or unexpected.
+
+    Raises:
+        ValueError: lists every missing, unexpected and mis-shaped tensor.
+    """
+    optional = tuple(optional)
+    problems = {
+        "missing": sorted(key for key in info["missing_keys"] if not key.startswith(optional)),
+        "unexpected": sorted(key for key in info["unexpected_keys"] if not key.startswith(optional)),
+        "of another shape": [
+            f"{key} {tuple(found)}, expected {tuple(expected)}"
+            for key, found, expected in sorted(info["mismatched_keys"])
+        ],
+    }
+    listed = "; ".join(f"{len(keys)} {kind}: {keys}" for kind, keys in problems.items() if keys)
+    if listed:
+        raise ValueError(f"The checkpoint {name} does not fit {model_class.__name__}: {listed}.")
 
 
 class MoCaPreTrainedModel(PreTrainedModel):
@@ -74,6 +101,24 @@ class MoCaPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """Load a MoCa checkpoint as the stock method does, but refuse one that does not hold every weight.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder.
+            output_loading_info (`bool`, defaults to `False`): also return the stock loading report.
+            args, kwargs: see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: tensors are missing (they would be random), unexpected or mis-shaped; the message lists them.
+        """
+        # Tensors of another shape reach our own error, which lists them, instead of the stock one, which does not.
+        kwargs["ignore_mismatched_sizes"] = True
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        refuse_misfit(pretrained_model_name_or_path, cls, info)
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_backbone(cls, backbone, **kwargs):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import itertools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from PIL import Image
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
@@ -80,6 +84,63 @@ def read_side(value: Any, where: str) -> dict[str, Any] | None:
     raise ValueError(
         f"{where} must be a text, an image, a dict with the keys 'text' and 'image', or None, got {given}."
     )
+
+
+def convert_moca_pairs(dataset: datasets.Dataset, image_folder: str, num_negatives: int = 2) -> datasets.Dataset:
+    """Bring the columns of the published pairs (`moca-embed/MoCa-CL-Pairs`, `intfloat/mmE5-synthetic`) to this form.
+
+    Images stay files, opened batch by batch. The placeholder `<|image_1|>` goes: the image of a side stands first.
+
+    Args:
+        dataset: rows of `qry`, `qry_image_path`, `pos_text`, `pos_image_path`, `neg_text` and `neg_image_path`; the
+            last two are lists, or list literals as strings. An empty path means no image.
+        image_folder: folder that the paths are relative to.
+        num_negatives: hard negatives to keep, the first ones of each row (paper: 2).
+
+    Returns:
+        Rows of `query`, `positive`, `negative_1`, ... `negative_<num_negatives>`, each {"text", "image"} or None.
+
+    Raises:
+        ValueError: for a missing column, or a string that is no list literal.
+    """
+    needed = {"qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"}
+    if missing := sorted(needed - set(dataset.column_names)):
+        raise ValueError(f"The published pairs need the columns {sorted(needed)}; missing: {missing}.")
+
+    def side(text: str | None, path: str | None) -> dict[str, Any] | None:
+        text = (text or "").replace("<|image_1|>", "").strip()
+        if not text and not path:
+            return None
+        image = {"bytes": None, "path": os.path.join(image_folder, path)} if path else None
+        return {"text": text, "image": image}
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        texts, paths = _read_list(row["neg_text"]), _read_list(row["neg_image_path"])
+        negatives = [side(text, path) for text, path in itertools.zip_longest(texts, paths)][:num_negatives]
+        negatives += [None] * (num_negatives - len(negatives))
+        return {
+            "query": side(row["qry"], row["qry_image_path"]),
+            "positive": side(row["pos_text"], row["pos_image_path"]),
+            **{f"negative_{index}": negative for index, negative in enumerate(negatives, start=1)},
+        }
+
+    columns = ["query", "positive", *(f"negative_{index}" for index in range(1, num_negatives + 1))]
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({column: {"text": datasets.Value("string"), "image": image} for column in columns})
+    return dataset.map(convert, remove_columns=dataset.column_names, features=features)
+
+
+def _read_list(value: str | list | None) -> list:
+    """A list, or the list that a string spells; a string of anything but a list literal is an error."""
+    if value is None or isinstance(value, list):
+        return value or []
+    try:
+        items = ast.literal_eval(value) if value.strip() else []
+    except (SyntaxError, ValueError):
+        items = None
+    if not isinstance(items, list):
+        raise ValueError(f"Expected a list literal such as \"['a', 'b']\", got {value[:80]!r}.")
+    return items
 
 
 @dataclass

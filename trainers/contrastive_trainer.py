@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.models import Normalize, Pooling, Transformer
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig
 
 from modeling_moca import MoCaConfig
 
@@ -75,19 +75,6 @@ def build_sentence_transformer(
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
 
 
-class _SamplerEpochCallback(TrainerCallback):
-    """Tell the sampler which epoch begins, also when training resumes within one.
-
-    The loader of a resumed epoch wraps the sampler once more, out of reach of the trainer's own `set_epoch`.
-    """
-
-    def __init__(self, trainer: ContrastiveTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.train_sampler.set_epoch(int(state.epoch + 1e-6))
-
-
 class ContrastiveTrainer(SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` with task-aware global batches, exact gradients over ranks, and losses by task.
 
@@ -106,8 +93,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         kwargs: passed to `SentenceTransformerTrainer`.
 
     Raises:
-        ValueError: for missing or unknown columns, a task smaller than a global batch, streamed data sets, or an
-            accelerate configuration that splits or dispatches batches.
+        ValueError: for missing or unknown columns, a task smaller than a global batch, streamed data sets, several
+            devices in one process, or an accelerate configuration that splits or dispatches batches.
 
     Example:
         >>> trainer = ContrastiveTrainer(model, ContrastiveConfig("output"), {"captions": captions, "pages": pages})
@@ -126,6 +113,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         loss: nn.Module | None = None,
         **kwargs,
     ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(f"One process drives one device, got {args.n_gpu}: start with `accelerate launch`.")
         train_dataset = _by_task(train_dataset, "train")
         eval_dataset = _by_task(eval_dataset, "eval")
         self.train_sampler: TaskBatchSampler | None = None
@@ -138,7 +127,6 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             )
         self._tasks = list(train_dataset or {})
         self._reset_task_totals()
-        self.add_callback(_SamplerEpochCallback(self))
         if self.args.world_size > 1:
             _keep_vision_tower_in_use(model[0].model)
 
@@ -196,6 +184,11 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         dataloader = self._build_dataloader(self.train_dataset, self.args.train_batch_size, dataset_kind="train")
         self._train_dataloader = self.accelerator.prepare_data_loader(dataloader, device_placement=False)
         return self._train_dataloader
+
+    def _run_epoch(self, *args, **kwargs) -> Any:
+        # The loader of an epoch that resumes midway wraps the sampler once more, out of reach of set_epoch.
+        self.train_sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         on_host = {}

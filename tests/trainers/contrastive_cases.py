@@ -1,0 +1,139 @@
+"""Small checkpoints and rows for the tests of stage 2, and the program that two ranks run.
+
+    accelerate launch tests/trainers/contrastive_cases.py MODEL_FOLDER OUTPUT_FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from transformers import TrainerCallback
+
+from modeling_moca import MoCaModel
+from tests.tiny import tiny_backbone, tiny_processor
+from trainers.contrastive_config import ContrastiveConfig
+from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_transformer
+
+WORDS = ("sea", "sky", "page", "picture", "tide", "harbour", "night", "lamp", "boat", "rope", "sand", "gull")
+COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown", "pink", "gray", "cyan", "orange")
+
+
+def save_checkpoint(folder):
+    """Write a tiny MoCa model and its processor."""
+    MoCaModel.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def picture(index):
+    return Image.new("RGB", (28 * (1 + index % 2), 28), COLOURS[index % 12])
+
+
+def texts_task(num_rows=8):
+    """Texts only, two hard negatives a row, some missing, one blank, one equal to the positive."""
+    rows = [
+        {
+            "query": f"the {WORDS[index % 12]} {index}",
+            "positive": f"a picture of the {WORDS[index % 12]} {index}",
+            "negative_1": None if index % 3 == 0 else f"no {WORDS[(index + 1) % 12]}",
+            "negative_2": " " if index % 4 == 0 else f"the {WORDS[(index + 5) % 12]} " * 3,
+        }
+        for index in range(num_rows)
+    ]
+    rows[1]["negative_1"] = rows[1]["positive"]
+    return datasets.Dataset.from_list(rows)
+
+
+def mixed_task(num_rows=8):
+    """Sides of text, image, both; one hard negative, often missing."""
+    image = datasets.Image()
+    sides = {"text": datasets.Value("string"), "image": image}
+    features = datasets.Features({"query": sides, "positive": sides, "negative_1": image})
+    rows = [
+        {
+            "query": {"text": f"find the {COLOURS[index % 12]} page", "image": None},
+            "positive": {"text": None if index % 2 else f"page {index}", "image": picture(index)},
+            "negative_1": picture(index + 3) if index % 4 == 1 else None,
+        }
+        for index in range(num_rows)
+    ]
+    rows[2]["query"]["image"] = picture(2)
+    rows[3]["positive"] = {"text": f"{COLOURS[3]} page", "image": None}
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def build(model_folder, **kwargs):
+    return build_sentence_transformer(model_folder, device="cpu", **kwargs)
+
+
+def arguments(output_folder, **kwargs):
+    defaults = {
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "warmup_steps": 0,
+    }
+    return ContrastiveConfig(output_dir=str(output_folder), **{**defaults, **kwargs})
+
+
+class GradientRecorder(TrainerCallback):
+    """Keep the gradients of every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model = getattr(model, "module", model)
+        self.steps.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+
+
+class RecordingTrainer(ContrastiveTrainer):
+    """Remember which task each step's batch is of."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.tasks_seen = [*getattr(self, "tasks_seen", []), inputs["dataset_name"]]
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_size=None):
+    """Train one epoch in float64; return losses, gradients of every step, and the tasks of this rank's batches."""
+    model = build(model_folder, model_kwargs={"dtype": torch.float64})
+    recorder = GradientRecorder()
+    trainer = RecordingTrainer(
+        model,
+        arguments(
+            output_folder,
+            per_device_train_batch_size=global_batch_size // world_size,
+            mini_batch_size=mini_batch_size,
+            max_grad_norm=0.0,
+            optim="sgd",
+            learning_rate=0.05,
+            symmetric=True,
+        ),
+        {"texts": texts_task(16), "mixed": mixed_task(16)},
+        callbacks=[recorder],
+    )
+    assert trainer.args.world_size == world_size, trainer.args.world_size
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return [entry["loss"] for entry in history], recorder.steps, trainer.tasks_seen, history
+
+
+def main():
+    model_folder, output_folder = sys.argv[1], Path(sys.argv[2])
+    for name, mini_batch_size in (("plain", None), ("cached", 2)):
+        losses, gradients, tasks, history = run(model_folder, output_folder, 8, 2, mini_batch_size)
+        rank = torch.distributed.get_rank()
+        record = {"losses": losses, "tasks": tasks, "history": history}
+        (output_folder / f"{name}-{rank}.json").write_text(json.dumps(record))
+        torch.save(gradients, output_folder / f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

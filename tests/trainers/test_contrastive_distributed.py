@@ -1,0 +1,64 @@
+"""Two real ranks give the losses and gradients of one process on the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+from tests.trainers.contrastive_cases import run, save_checkpoint
+
+# distributed_type MULTI_CPU, or --cpu, would silently start one process.
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_process_port: 0
+mixed_precision: 'no'
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    model_folder = save_checkpoint(folder / "model")
+    (folder / "accelerate.yaml").write_text(ACCELERATE)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "accelerate.yaml"]
+    result = subprocess.run(
+        [*command, REPOSITORY / "tests/trainers/contrastive_cases.py", model_folder, folder],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return model_folder, folder
+
+
+@pytest.mark.parametrize(("name", "mini_batch_size"), [("plain", None), ("cached", 2)])
+def test_two_ranks_equal_one_process(two_ranks, tmp_path, name, mini_batch_size):
+    model_folder, folder = two_ranks
+    losses, gradients, tasks, _ = run(model_folder, tmp_path, 8, 1, mini_batch_size)
+    records = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+    assert records[0]["losses"] == pytest.approx(losses, abs=2e-4)  # Trainer rounds what it logs
+    # Every global batch is of one task, both tasks occur, and the ranks agree.
+    assert records[0]["tasks"] == records[1]["tasks"] == tasks
+    assert len(tasks) == 4 and set(tasks) == {"texts", "mixed"}
+    for rank in range(2):
+        theirs = torch.load(folder / f"{name}-{rank}.pt")
+        assert len(theirs) == len(gradients) == 4
+        for ours, other in zip(gradients, theirs):
+            largest = max(gradient.abs().max() for gradient in ours.values())
+            assert largest > 1e-3
+            for parameter, gradient in ours.items():
+                torch.testing.assert_close(other[parameter], gradient, atol=1e-9 * largest.item(), rtol=1e-8)
+    # Rows per second count both ranks' rows; the task's own loss is logged beside the mean.
+    history = records[0]["history"]
+    assert all(f"loss_{task}" in entry for task, entry in zip(tasks, history))
+    assert all(entry["rows_per_second"] > 0 for entry in history)

@@ -1,0 +1,195 @@
+"""Training on tiny mixed data: it learns, moves every weight, saves a clean folder and resumes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from tests.conftest import REPOSITORY
+from tests.tiny import tiny_backbone
+from tests.trainers.contrastive_cases import arguments, build, mixed_task, picture, save_checkpoint, texts_task
+from trainers.contrastive_data import ContrastiveDataCollator
+from trainers.contrastive_loss import InfoNCELoss, info_nce
+from trainers.contrastive_sampler import TaskBatchSampler
+from trainers.contrastive_trainer import ContrastiveTrainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def train(checkpoint, output_folder, train_dataset=None, **kwargs):
+    torch.manual_seed(0)
+    eval_dataset = kwargs.pop("eval_dataset", None)
+    model = build(checkpoint)
+    trainer = ContrastiveTrainer(
+        model,
+        arguments(output_folder, **kwargs),
+        train_dataset or {"texts": texts_task(), "mixed": mixed_task()},
+        eval_dataset,
+    )
+    return model, trainer
+
+
+def test_training_lowers_loss_and_moves_every_parameter(checkpoint, tmp_path):
+    model, trainer = train(checkpoint, tmp_path, num_train_epochs=12, learning_rate=3e-3, mini_batch_size=4)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for task in ("texts", "mixed"):
+        losses = [entry[f"loss_{task}"] for entry in history if f"loss_{task}" in entry]
+        assert len(losses) == 12 and sum(losses[-3:]) < 0.6 * sum(losses[:3])
+    assert any("visual" in name for name in before)
+    unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
+    assert unmoved == []
+
+
+def test_features_reach_the_loss_as_rows_say(checkpoint):
+    """The loss of a batch equals info_nce on embeddings of its rows made one by one."""
+    model = build(checkpoint).eval()
+    rows = [mixed_task()[index] for index in range(8)]
+    batch = ContrastiveDataCollator(model.preprocess)(rows)
+    assert batch["label"][:, 0].tolist() == [False, True, False, False, False, True, False, False]
+    features = [
+        {key[len(column) + 1 :]: value for key, value in batch.items() if key.startswith(column + "_")}
+        for column in ("query", "positive", "negative_1")
+    ]
+
+    def embed(side):
+        side = side if isinstance(side, dict) else {"image": side}
+        return model.encode({key: value for key, value in sorted(side.items()) if value is not None})
+
+    with torch.no_grad():
+        loss = InfoNCELoss(model)(features, batch["label"])
+        query, positive = (
+            torch.stack([torch.as_tensor(embed(row[name])) for row in rows]) for name in ("query", "positive")
+        )
+        present = [row["negative_1"] for row in rows if row["negative_1"] is not None]
+        negatives = torch.zeros(8, 1, query.shape[1])
+        negatives[batch["label"][:, 0], 0] = torch.stack([torch.as_tensor(embed(image)) for image in present])
+        expected = info_nce(query, positive, negatives, batch["label"])
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_masked_negatives(checkpoint):
+    model = build(checkpoint)
+    batch = ContrastiveDataCollator(model.preprocess)([texts_task()[index] for index in range(4)])
+    # Row 0: missing and blank; row 1: equal to its positive; row 3: missing.
+    assert batch["label"].tolist() == [[False, False], [False, True], [True, True], [False, True]]
+
+
+@pytest.mark.parametrize("empty", [None, "", {"text": " ", "image": None}])
+def test_rows_without_query_are_refused(checkpoint, empty):
+    rows = [{"query": empty, "positive": "the sea", "dataset_name": "texts"}]
+    with pytest.raises(ValueError, match="'texts' has a row whose 'query' holds neither text nor image"):
+        ContrastiveDataCollator(build(checkpoint).preprocess)(rows)
+
+
+def test_saved_folder_loads_anywhere_and_holds_no_training_data(checkpoint, tmp_path):
+    model, trainer = train(checkpoint, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"modules.json", "config.json", "model.safetensors", "training_args.json"} <= names
+        assert not {"assets", "README.md", "training_args.bin"} & names
+        for path in folder.rglob("*.json"):
+            assert "a picture of the harbour" not in path.read_text()
+    loaded = SentenceTransformer(str(tmp_path), device="cpu")
+    inputs = ["the sea", picture(1), {"image": picture(2), "text": "the sky"}]
+    torch.testing.assert_close(
+        loaded.encode(inputs, convert_to_tensor=True), model.encode(inputs, convert_to_tensor=True)
+    )
+    assert loaded[0].unpad_inputs is False
+
+
+def test_resume_within_an_epoch_continues_the_same_run(checkpoint, tmp_path):
+    data = {"texts": texts_task(16), "mixed": mixed_task(16)}
+    settings = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 6, "learning_rate": 1e-3}
+    whole, trainer = train(checkpoint, tmp_path / "whole", data, **settings)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    # Step 6 lies in the middle of the second epoch.
+    resumed, trainer = train(checkpoint, tmp_path / "resumed", data, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-6"))
+    for (name, ours), theirs in zip(resumed.named_parameters(), whole.parameters()):
+        torch.testing.assert_close(ours, theirs, msg=name, atol=1e-7, rtol=1e-6)
+
+
+def test_evaluation_reports_each_task(checkpoint, tmp_path):
+    data = {"texts": texts_task(11), "mixed": mixed_task(8)}
+    model, trainer = train(checkpoint, tmp_path, eval_dataset=data, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate()
+    assert {"eval_texts_loss", "eval_mixed_loss"} <= set(metrics)
+    batches = list(TaskBatchSampler({"eval": 11}, 4, shuffle=False, keep_partial=True))
+    assert [len(batch) for batch in batches] == [4, 4, 3]
+    losses = []
+    for batch in batches:
+        features = ContrastiveDataCollator(model.preprocess)([data["texts"][index] for index in batch])
+        columns, mask = trainer.collect_features(features)
+        with torch.no_grad():
+            losses.append(InfoNCELoss(model)(columns, mask).item())
+    assert metrics["eval_texts_loss"] == pytest.approx(sum(losses) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"texts": texts_task().rename_column("negative_1", "negative")}, r"'texts' .*unknown \['negative'\]"),
+        ({"texts": texts_task().add_column("id", list(range(8)))}, r"'texts' .*unknown \['id'\]"),
+        ({"texts": texts_task().to_iterable_dataset()}, "must be a datasets.Dataset, .* got IterableDataset"),
+    ],
+)
+def test_data_is_checked(checkpoint, tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        train(checkpoint, tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"task_alpha": 2.0}, r"task_alpha must lie in \[0, 1\], got 2.0"),
+        ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
+        ({"batch_sampler": "no_duplicates"}, "leave batch_sampler"),
+    ],
+)
+def test_settings_are_checked(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **settings)
+
+
+def test_unconverted_backbone_is_refused(tmp_path):
+    tiny_backbone().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'qwen2_5_vl', allowed is 'moca'"):
+        build(tmp_path)
+
+
+def test_example_script(checkpoint, tmp_path):
+    for task, rows in (("texts", texts_task()), ("mixed", mixed_task())):
+        rows.to_parquet(tmp_path / f"{task}.parquet")
+    config = (REPOSITORY / "examples/configs/contrastive_tiny.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(config)
+    data = {task: str(tmp_path / f"{task}.parquet") for task in ("texts", "mixed")}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def launch(*flags):
+        script = [sys.executable, REPOSITORY / "examples/train_contrastive.py", "--config", tmp_path / "config.yaml"]
+        flags = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "output", *flags]
+        return subprocess.run(
+            [*script, *flags], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+
+    flags = ["--datasets", json.dumps(data), "--per_device_train_batch_size", "4", "--max_steps", "2"]
+    result = launch(*flags)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert SentenceTransformer(str(tmp_path / "output"), device="cpu").encode("the sea").shape == (32,)
+    (tmp_path / "config.yaml").write_text(config + "\ntemprature: 0.05\n")
+    result = launch(*flags)
+    assert result.returncode != 0
+    assert "Unknown arguments from config file" in result.stderr and "temprature" in result.stderr

@@ -6,6 +6,14 @@ Names are imported when first used, so that one stage does not need the other on
 import importlib
 
 _EXPORTS = {
+    "ContrastiveConfig": "contrastive_config",
+    "ContrastiveDataCollator": "contrastive_data",
+    "ContrastiveTrainer": "contrastive_trainer",
+    "InfoNCELoss": "contrastive_loss",
+    "TaskBatchSampler": "contrastive_sampler",
+    "build_sentence_transformer": "contrastive_trainer",
+    "convert_moca_pairs": "contrastive_data",
+    "info_nce": "contrastive_loss",
     "CPTCollator": "cpt_collator",
     "CPTConfig": "cpt_config",
     "CPTTrainer": "cpt_trainer",

@@ -1,0 +1,97 @@
+"""Continual pre-training (MoCa stage 1): reconstruct masked tokens and masked patches.
+
+    accelerate launch examples/train_cpt.py --config examples/configs/cpt_tiny.yaml --max_steps 5
+
+Every setting stands in the YAML file or on the command line, where it wins; an unknown key is an error. The output
+folder holds model and processor, and is what stage 2 starts from.
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+from transformers import AutoConfig, set_seed
+from trl import DatasetMixtureConfig, TrlParser
+
+from modeling_moca import MoCaForPreTraining, MoCaProcessor
+from trainers.cpt_config import CPTConfig
+from trainers.cpt_data import add_length, load_rows
+from trainers.cpt_trainer import CPTTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ScriptArguments:
+    """What this script itself needs: the model to start from, and limits of images and sources."""
+
+    model_name_or_path: str = field(
+        default="Qwen/Qwen2.5-VL-3B-Instruct",
+        metadata={"help": "A stock vision-language model, or a MoCa pre-training folder to go on with."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Type of the trained weights. Steps of 2e-6 vanish in bfloat16 weights: keep float32, and set "
+            "`bf16: true` for the arithmetic.",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2 or eager."})
+    min_pixels: int = field(default=256 * 28 * 28, metadata={"help": "Smaller images are enlarged to this area."})
+    max_pixels: int = field(default=1024 * 28 * 28, metadata={"help": "Larger images are shrunk to this area."})
+    max_rows_per_source: int | None = field(
+        default=None, metadata={"help": "Sample so many rows of each source (paper: 500000)."}
+    )
+
+
+def main():
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    parser = TrlParser((ScriptArguments, DatasetMixtureConfig, CPTConfig))
+    script_args, mixture, training_args = parser.parse_args_and_config()
+    set_seed(training_args.seed)
+
+    name, revision = script_args.model_name_or_path, script_args.model_revision
+    is_moca = AutoConfig.from_pretrained(name, revision=revision).model_type == "moca"
+    load_processor = MoCaProcessor.from_pretrained if is_moca else MoCaProcessor.from_backbone
+    processor = load_processor(
+        name,
+        revision=revision,
+        min_pixels=script_args.min_pixels,
+        max_pixels=script_args.max_pixels,
+        max_length=training_args.max_length,
+    )
+    load_model = MoCaForPreTraining.from_pretrained if is_moca else MoCaForPreTraining.from_backbone
+    model = load_model(
+        name,
+        revision=revision,
+        mask_token_id=processor.tokenizer.mask_token_id,
+        dtype=script_args.dtype,
+        attn_implementation=script_args.attn_implementation,
+    )
+
+    with training_args.main_process_first(desc="loading the data"):
+        rows = load_rows(
+            mixture.datasets,
+            streaming=mixture.streaming,
+            max_rows_per_source=script_args.max_rows_per_source,
+            seed=training_args.seed,
+        )
+        if training_args.train_sampling_strategy == "group_by_length" and not mixture.streaming:
+            rows = add_length(rows, processor, training_args.max_length)
+    eval_rows = None
+    if mixture.test_split_size is not None:
+        split = rows.train_test_split(test_size=mixture.test_split_size, seed=training_args.seed)
+        rows, eval_rows = split["train"], split["test"]
+
+    trainer = CPTTrainer(model, training_args, train_dataset=rows, eval_dataset=eval_rows, processing_class=processor)
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if eval_rows is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    trainer.save_model()
+    trainer.save_state()
+    logger.info("Model and processor are in %s.", training_args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Two real ranks train, log and evaluate exactly like one."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainers import cpt_two_ranks
+
+# MULTI_CPU would silently start one process; MULTI_GPU with use_cpu starts gloo ranks.
+LAUNCH = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+use_cpu: true
+mixed_precision: "no"
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    (folder / "launch.yaml").write_text(LAUNCH)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
+    command += ["--main_process_port", str(port), cpt_two_ranks.__file__, str(folder), "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=Path(cpt_two_ranks.__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("scenario", ["uneven", "text"])
+def test_two_ranks_equal_one(two_ranks, tmp_path, scenario):
+    one, two = cpt_two_ranks.run(tmp_path, 1, scenario), two_ranks[scenario]
+    assert len(one["logs"]) == len(two["logs"])
+    for expected, got in zip(one["logs"], two["logs"]):
+        assert expected.keys() == got.keys()
+        for name, value in expected.items():
+            assert math.isclose(got[name], value, rel_tol=2e-6, abs_tol=1e-9), (name, got[name], value)
+    assert one["logs"][-1].keys() == {"eval_mlm_loss", "eval_mae_loss"}
+    if scenario == "uneven":
+        assert one["logs"][0]["mae_loss"] > 0 and one["logs"][-1]["eval_mae_loss"] > 0
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=2e-6, msg=name)

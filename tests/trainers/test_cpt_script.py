@@ -1,0 +1,161 @@
+"""examples/train_cpt.py from YAML to a folder that loads; and the loading of its data."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from transformers import AutoModel, AutoProcessor
+from trl import DatasetMixtureConfig, TrlParser
+from trl.scripts.utils import DatasetConfig
+
+from modeling_moca import MoCaForPreTraining
+from tests.tiny import tiny_backbone, tiny_processor
+from tests.trainers.cpt_rows import encoded_image, make_row, make_rows
+from trainers.cpt_collator import CPTCollator
+from trainers.cpt_config import CPTConfig
+from trainers.cpt_data import add_length, load_rows
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A stock backbone with its tokenizer and image processor, and two Parquet sources, one without images."""
+    folder = tmp_path_factory.mktemp("cpt_script")
+    tiny_backbone().save_pretrained(folder / "backbone")
+    processor = tiny_processor()
+    processor.tokenizer.save_pretrained(folder / "backbone")
+    processor.image_processor.save_pretrained(folder / "backbone")
+    datasets.Dataset.from_list(make_rows(8)).to_parquet(folder / "rows" / "mixed.parquet")
+    text = [{"text": make_row(seed, 8, 0)["text"], "source": "text"} for seed in range(4)]
+    datasets.Dataset.from_list(text).to_parquet(folder / "rows" / "text.parquet")
+    settings = {
+        "model_name_or_path": "backbone",
+        "min_pixels": 784,
+        "max_pixels": 12544,
+        "max_length": 256,
+        "datasets": [
+            {"path": "parquet", "data_files": "rows/mixed.parquet"},
+            {"path": "parquet", "data_files": "rows/text.parquet"},
+        ],
+        "learning_rate": 1.0e-3,
+        "per_device_train_batch_size": 2,
+        "max_steps": 50,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "test_split_size": 0.25,
+        "train_sampling_strategy": "group_by_length",
+        "use_cpu": True,
+        "report_to": "none",
+        "output_dir": "output",
+    }
+    (folder / "cpt.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def run_script(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / "train_cpt.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_script_trains_from_yaml_and_leaves_a_folder_that_loads(folder):
+    done = run_script(folder, "--config", "cpt.yaml", "--max_steps", "2")
+    assert done.returncode == 0, done.stderr[-4000:]
+    history = yaml.safe_load((folder / "output" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry for entry in history if "mlm_loss" in entry]
+    assert len(losses) == 2, "--max_steps on the command line must win over the file"
+    assert any("eval_mlm_loss" in entry and "eval_mae_loss" in entry for entry in history)
+
+    model, processor = AutoModel.from_pretrained(folder / "output"), AutoProcessor.from_pretrained(folder / "output")
+    assert model.config.mask_token_id == processor.tokenizer.mask_token_id
+    assert processor.image_processor.size["longest_edge"] == 12544
+    batch = CPTCollator(processor)(make_rows(2))
+    assert MoCaForPreTraining.from_pretrained(folder / "output")(**batch).loss > 0
+
+    # The folder is a start of its own, with its trained MAE head.
+    done = run_script(
+        folder, "--config", "cpt.yaml", "--max_steps", "1", "--learning_rate", "0", "--model_name_or_path", "output",
+        "--output_dir", "again",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (MoCaForPreTraining.from_pretrained(folder / name).state_dict() for name in ("output", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_script_refuses_an_unknown_key(folder):
+    settings = yaml.safe_load((folder / "cpt.yaml").read_text())
+    (folder / "typo.yaml").write_text(yaml.safe_dump({**settings, "mlm_rate": 0.4}))
+    done = run_script(folder, "--config", "typo.yaml")
+    assert done.returncode != 0 and "mlm_rate" in done.stderr and "Unknown arguments" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["cpt_qwen2_5_vl_3b.yaml", "cpt_tiny.yaml"])
+def test_shipped_configurations_parse(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import train_cpt
+
+    parser = TrlParser((train_cpt.ScriptArguments, DatasetMixtureConfig, CPTConfig))
+    path = str(REPOSITORY / "examples" / "configs" / name)
+    script, mixture, config = parser.parse_args_and_config(["--config", path, "--use_cpu", "true"])
+    assert mixture.datasets and config.max_steps > 0 and script.dtype == "float32"
+    if name.startswith("cpt_qwen"):
+        assert (config.learning_rate, config.max_grad_norm, config.warmup_steps) == (2e-6, 5.0, 0.1)
+        assert (config.mlm_ratio, config.mae_ratio, config.mae_loss_weight) == (0.4, 0.5, 0.5)
+        assert (script.min_pixels, script.max_pixels) == (256 * 28 * 28, 1024 * 28 * 28)
+
+
+def sources(folder):
+    return [
+        DatasetConfig(path="parquet", data_files=str(folder / "rows" / name))
+        for name in ("mixed.parquet", "text.parquet")
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_sources_are_mixed_whole(folder, streaming):
+    rows = list(load_rows(sources(folder), streaming=streaming))
+    expected = make_rows(8) + [{"text": make_row(seed, 8, 0)["text"], "images": []} for seed in range(4)]
+    assert {tuple(row) for row in rows} == {("text", "images")}
+    assert sorted((row["text"], row["images"]) for row in rows) == sorted(
+        (row["text"], row["images"]) for row in expected
+    )
+    few = list(load_rows(sources(folder), streaming=streaming, max_rows_per_source=3))
+    assert len(few) == 6 and sum(bool(row["images"]) for row in few) <= 3
+
+
+def test_image_columns_come_as_bytes(tmp_path):
+    image = encoded_image(56, 28)
+    features = datasets.Features({"text": datasets.Value("string"), "images": datasets.List(datasets.Image())})
+    rows = datasets.Dataset.from_list([{"text": "a", "images": [{"bytes": image, "path": None}]}], features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for streaming in (False, True):
+        source = DatasetConfig(path="parquet", data_files=str(tmp_path / "rows.parquet"))
+        assert list(load_rows([source], streaming=streaming)) == [{"text": "a", "images": [image]}]
+
+
+def test_loading_refuses(tmp_path):
+    with pytest.raises(ValueError, match="No data set is given"):
+        load_rows([])
+    datasets.Dataset.from_list([{"texts": "a"}]).to_parquet(tmp_path / "rows.parquet")
+    source = DatasetConfig(path="parquet", data_files=str(tmp_path / "rows.parquet"))
+    with pytest.raises(ValueError, match=r"Source 'parquet' has no column 'text'; its columns are \['texts'\]"):
+        load_rows([source])
+
+
+def test_length_counts_the_tokens_of_the_batch():
+    processor, rows = tiny_processor(), make_rows(6)
+    measured = add_length(datasets.Dataset.from_list(rows), processor, max_length=256)
+    for row in measured:
+        length = row.pop("length")
+        assert length == CPTCollator(processor)([row])["attention_mask"].sum()

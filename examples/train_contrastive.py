@@ -37,14 +37,16 @@ class ScriptArguments:
         resume: continue from the newest checkpoint in the output folder.
     """
 
-    datasets: dict | str = field(default="{}", metadata={"help": "Data sets by task, as a mapping."})
-    eval_datasets: dict | str = field(default="{}", metadata={"help": "Data sets of the evaluation loss, by task."})
+    datasets: dict | str | None = field(default=None, metadata={"help": "Data sets by task, as a mapping."})
+    eval_datasets: dict | str | None = field(
+        default=None, metadata={"help": "Data sets of the evaluation loss, by task."}
+    )
     resume: bool = field(default=False, metadata={"help": "Continue from the newest checkpoint."})
 
     def __post_init__(self):
         for name in ("datasets", "eval_datasets"):
             value = getattr(self, name)
-            value = json.loads(value) if isinstance(value, str) else value
+            value = json.loads(value) if isinstance(value, str) else value or {}
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must map tasks to data sets, got {value!r}.")
             setattr(self, name, value)

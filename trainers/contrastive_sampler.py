@@ -123,9 +123,7 @@ class TaskBatchSampler:
     def _task_batches(self, task: str, rows: np.ndarray) -> list[list[int]]:
         """Cut this epoch's rows of one task into batches, `world_size` of them a block."""
         full = self.blocks_per_epoch[task] * self.block_size
-        batches = [
-            rows[start : start + self.rows_per_batch].tolist() for start in range(0, full, self.rows_per_batch)
-        ]
+        batches = [rows[start : start + self.rows_per_batch].tolist() for start in range(0, full, self.rows_per_batch)]
         if self.keep_partial:
             share = (self.sizes[task] % self.block_size) // self.world_size
             if share:

@@ -216,7 +216,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean loss of each task since the last log, and rows per second over all ranks."""
         if "loss" in logs and self._tasks:
-            totals = self.accelerator.reduce(self._task_totals.float().to(self.accelerator.device), "sum").cpu()  # [T, 3]
+            totals = self._task_totals.to(self.accelerator.device, torch.float32)  # [T, 3]
+            totals = self.accelerator.reduce(totals, "sum").cpu()
             logs = dict(logs)
             for task, (loss, steps, _) in zip(self._tasks, totals.tolist()):
                 if steps:
@@ -280,9 +281,10 @@ def _keep_vision_tower_in_use(model: nn.Module) -> None:
         device = outputs.last_hidden_state.device
         pixels = torch.zeros(model.config.num_patches_per_token, model.config.patch_dim, device=device)
         grid = torch.tensor([[1, merge_size, merge_size]], device=device)
-        states = model.backbone.get_image_features(pixels, grid).pooler_output
+        states = module.get_image_features(pixels, grid).pooler_output
         blank = sum(state.sum() for state in states) * 0
         outputs.last_hidden_state = outputs.last_hidden_state + blank
         return outputs
 
-    model.register_forward_hook(add_blank_image, with_kwargs=True)
+    # On the backbone: sentence-transformers calls `model.forward`, past the model's own hooks.
+    model.backbone.register_forward_hook(add_blank_image, with_kwargs=True)

@@ -1,6 +1,5 @@
-"""Small checkpoints and rows for the tests of stage 2, and the program that two ranks run.
-
-    accelerate launch tests/trainers/contrastive_cases.py MODEL_FOLDER OUTPUT_FOLDER
+"""Small checkpoints and rows for the tests of stage 2, and the program that two ranks run:
+`accelerate launch tests/trainers/contrastive_cases.py MODEL_FOLDER OUTPUT_FOLDER`.
 """
 
 import json
@@ -90,7 +89,13 @@ class GradientRecorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         model = getattr(model, "module", model)
-        self.steps.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        # A step without images gives the vision tower no gradient in one process, and zeros in several.
+        self.steps.append(
+            {
+                name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+            }
+        )
 
 
 class RecordingTrainer(ContrastiveTrainer):

@@ -130,6 +130,26 @@ def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_s
     return [entry["loss"] for entry in history], recorder.steps, trainer.tasks_seen, history
 
 
+def resume(model_folder, output_folder):
+    """Train two epochs on two ranks, then again from the middle of the second; return the largest difference."""
+    data = {"texts": texts_task(16), "mixed": mixed_task(16)}
+    weights = []
+    for checkpoint in (None, str(output_folder / "resume/checkpoint-6")):
+        settings = arguments(
+            output_folder / "resume",
+            per_device_train_batch_size=4,
+            num_train_epochs=2,
+            learning_rate=1e-3,
+            save_strategy="no" if checkpoint else "steps",
+            save_steps=6,
+        )
+        trainer = ContrastiveTrainer(build(model_folder), settings, data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 8
+        weights.append([parameter.detach() for parameter in trainer.model.parameters()])
+    return max((first - second).abs().max().item() for first, second in zip(*weights))
+
+
 def main():
     model_folder, output_folder = sys.argv[1], Path(sys.argv[2])
     for name, mini_batch_size in (("plain", None), ("cached", 2)):
@@ -138,6 +158,8 @@ def main():
         record = {"losses": losses, "tasks": tasks, "history": history}
         (output_folder / f"{name}-{rank}.json").write_text(json.dumps(record))
         torch.save(gradients, output_folder / f"{name}-{rank}.pt")
+    difference = resume(model_folder, output_folder)
+    (output_folder / f"resume-{rank}.json").write_text(json.dumps(difference))
 
 
 if __name__ == "__main__":

@@ -62,3 +62,10 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path, name, mini_batch_size)
     history = records[0]["history"]
     assert all(f"loss_{task}" in entry for task, entry in zip(tasks, history))
     assert all(entry["rows_per_second"] > 0 for entry in history)
+
+
+def test_resume_within_an_epoch_on_two_ranks(two_ranks):
+    """The loader of a resumed epoch hides the sampler two wrappers deep: it must still take that epoch's order."""
+    _, folder = two_ranks
+    for rank in range(2):
+        assert json.loads((folder / f"resume-{rank}.json").read_text()) < 1e-6

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.models import Normalize, Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
 from transformers import AutoConfig
@@ -209,15 +209,17 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and task in self._tasks:
             loss = outputs[0] if return_outputs else outputs
+            # Summed on the device: reading the value here would make every step wait for it.
             totals = self._task_totals[self._tasks.index(task)]
-            totals += torch.tensor([loss.item(), 1.0, num_rows], dtype=torch.float64)
+            totals[0] += loss.detach()
+            totals[1] += 1
+            totals[2] += num_rows
         return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean loss of each task since the last log, and rows per second over all ranks."""
         if "loss" in logs and self._tasks:
-            totals = self._task_totals.to(self.accelerator.device, torch.float32)  # [T, 3]
-            totals = self.accelerator.reduce(totals, "sum").cpu()
+            totals = self.accelerator.reduce(self._task_totals, "sum").cpu()  # [T, 3]
             logs = dict(logs)
             for task, (loss, steps, _) in zip(self._tasks, totals.tolist()):
                 if steps:
@@ -228,7 +230,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         super().log(logs, start_time)
 
     def _reset_task_totals(self) -> None:
-        self._task_totals = torch.zeros(len(self._tasks), 3, dtype=torch.float64)  # [T, (loss, steps, rows)]
+        # [T, (loss, steps, rows)]
+        self._task_totals = torch.zeros(len(self._tasks), 3, device=self.accelerator.device)
         self._totals_since = time.perf_counter()
 
     def train(self, *args, **kwargs) -> Any:

@@ -9,9 +9,18 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from modeling_moca import MoCaModel, MoCaProcessor
 from tests.conftest import REPOSITORY
 from tests.tiny import tiny_backbone
-from tests.trainers.contrastive_cases import arguments, build, mixed_task, picture, save_checkpoint, texts_task
+from tests.trainers.contrastive_cases import (
+    GradientRecorder,
+    arguments,
+    build,
+    mixed_task,
+    picture,
+    save_checkpoint,
+    texts_task,
+)
 from trainers.contrastive_data import ContrastiveDataCollator
 from trainers.contrastive_loss import InfoNCELoss, info_nce
 from trainers.contrastive_sampler import TaskBatchSampler
@@ -47,6 +56,31 @@ def test_training_lowers_loss_and_moves_every_parameter(checkpoint, tmp_path):
     assert any("visual" in name for name in before)
     unmoved = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
     assert unmoved == []
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_stock_modules_pool_as_the_model_does(checkpoint, tmp_path, pooling):
+    model = MoCaModel.from_pretrained(checkpoint, pooling=pooling)
+    processor = MoCaProcessor.from_pretrained(checkpoint)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    texts = ["the sea", "a picture of the sky at night"]
+    with torch.no_grad():
+        expected = model.eval()(**processor(text=texts, return_tensors="pt", padding=True)).pooler_output
+    embeddings = build(tmp_path).encode(texts, convert_to_tensor=True)
+    torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_activation_checkpointing_keeps_the_gradients(checkpoint, tmp_path):
+    gradients = []
+    for enabled in (False, True):
+        recorder = GradientRecorder()
+        model = build(checkpoint)
+        settings = arguments(tmp_path, max_steps=1, activation_checkpointing=enabled, mini_batch_size=4)
+        ContrastiveTrainer(model, settings, {"mixed": mixed_task()}, callbacks=[recorder]).train()
+        assert model[0].model.backbone.is_activation_checkpointing is enabled
+        gradients.append(recorder.steps[0])
+    torch.testing.assert_close(gradients[0], gradients[1])
 
 
 def test_features_reach_the_loss_as_rows_say(checkpoint):
@@ -161,22 +195,28 @@ def test_example_script(checkpoint, tmp_path):
     for task, rows in (("texts", texts_task()), ("mixed", mixed_task())):
         rows.to_parquet(tmp_path / f"{task}.parquet")
     config = (REPOSITORY / "examples/configs/contrastive_tiny.yaml").read_text()
-    (tmp_path / "config.yaml").write_text(config)
+    (tmp_path / "good.yaml").write_text(config)
+    (tmp_path / "bad.yaml").write_text(config + "\ntemprature: 0.05\n")
     data = {task: str(tmp_path / f"{task}.parquet") for task in ("texts", "mixed")}
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
-    def launch(*flags):
-        script = [sys.executable, REPOSITORY / "examples/train_contrastive.py", "--config", tmp_path / "config.yaml"]
-        flags = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "output", *flags]
-        return subprocess.run(
-            [*script, *flags], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    def launch(name):
+        flags = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "output", "--max_steps", "2"]
+        flags += ["--datasets", json.dumps(data), "--per_device_train_batch_size", "4"]
+        script = [sys.executable, REPOSITORY / "examples/train_contrastive.py", "--config", tmp_path / f"{name}.yaml"]
+        return subprocess.Popen(
+            [*script, *flags],
+            env=environment,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
         )
 
-    flags = ["--datasets", json.dumps(data), "--per_device_train_batch_size", "4", "--max_steps", "2"]
-    result = launch(*flags)
-    assert result.returncode == 0, result.stderr[-4000:]
+    good, bad = launch("good"), launch("bad")
+    _, errors = good.communicate(timeout=120)
+    assert good.returncode == 0, errors[-4000:]
     assert SentenceTransformer(str(tmp_path / "output"), device="cpu").encode("the sea").shape == (32,)
-    (tmp_path / "config.yaml").write_text(config + "\ntemprature: 0.05\n")
-    result = launch(*flags)
-    assert result.returncode != 0
-    assert "Unknown arguments from config file" in result.stderr and "temprature" in result.stderr
+    _, errors = bad.communicate(timeout=120)
+    assert bad.returncode != 0
+    assert "Unknown arguments from config file" in errors and "temprature" in errors

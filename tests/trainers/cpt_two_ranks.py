@@ -9,6 +9,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import datasets
 import torch
 
 from modeling_moca import MoCaForPreTraining
@@ -17,12 +18,14 @@ from tests.trainers.cpt_rows import make_row
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
+SCENARIOS = ("uneven", "text", "stream")
+
 
 def run(folder, world_size, scenario):
     """Train two steps of eight rows, evaluate five rows, and return what should not depend on `world_size`."""
     torch.manual_seed(0)
     # With two ranks, rank 1 gets rows 2, 3, 6 and 7 of a step: none of its batches holds an image in "uneven".
-    images = {"uneven": (2, 1, 0, 0), "text": (0, 0, 0, 0)}[scenario]
+    images = {"uneven": (2, 1, 0, 0), "text": (0, 0, 0, 0), "stream": (0, 1, 2, 0)}[scenario]
     rows = [make_row(seed, 4 + 9 * (seed % 3), images[seed % 4]) for seed in range(16)]
     config = CPTConfig(
         output_dir=str(folder),
@@ -47,7 +50,7 @@ def run(folder, world_size, scenario):
     trainer = CPTTrainer(
         MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6),
         config,
-        train_dataset=rows,
+        train_dataset=datasets.Dataset.from_list(rows).to_iterable_dataset() if scenario == "stream" else rows,
         eval_dataset=rows[:5],
         processing_class=tiny_processor(),
     )
@@ -60,7 +63,7 @@ def run(folder, world_size, scenario):
 
 if __name__ == "__main__":
     target, number = Path(sys.argv[1]), int(sys.argv[2])
-    results = {scenario: run(target, number, scenario) for scenario in ("uneven", "text")}
+    results = {scenario: run(target, number, scenario) for scenario in SCENARIOS}
     if torch.distributed.get_rank() == 0:
         torch.save(results, target / "results.pt")
     torch.distributed.barrier()

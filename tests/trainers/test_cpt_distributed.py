@@ -46,7 +46,7 @@ def two_ranks(tmp_path_factory):
     return torch.load(folder / "results.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("scenario", ["uneven", "text"])
+@pytest.mark.parametrize("scenario", cpt_two_ranks.SCENARIOS)
 def test_two_ranks_equal_one(two_ranks, tmp_path, scenario):
     one, two = cpt_two_ranks.run(tmp_path, 1, scenario), two_ranks[scenario]
     assert len(one["logs"]) == len(two["logs"])

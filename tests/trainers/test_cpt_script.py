@@ -23,6 +23,12 @@ from trainers.cpt_data import add_length, load_rows
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    """Streams of `datasets` wait for seconds when they end."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A stock backbone with its tokenizer and image processor, and two Parquet sources, one without images."""

@@ -119,6 +119,17 @@ def test_text_alone(tmp_path):
         assert math.isclose(entry["loss"], entry["mlm_loss"], rel_tol=1e-6) and entry["loss"] > 0
 
 
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    results = []
+    for switch in (False, True):
+        gradients = Gradients()
+        train(tmp_path, make_rows(4), [gradients], per_device_train_batch_size=4, activation_checkpointing=switch)
+        results.append(gradients.steps[0])
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(results[1][name], gradient)
+
+
 def test_evaluation_does_not_depend_on_batch_size_or_training(tmp_path):
     rows = make_rows(5)
     metrics = []

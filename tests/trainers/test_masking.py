@@ -108,12 +108,13 @@ def test_noise_is_a_unit_gaussian_for_each_patch_or_one_for_all():
 
 def test_a_row_is_masked_alike_in_every_batch_and_padding():
     ids = torch.randint(10, 300, (2, 40))
-    _, together = mask_tokens(ids, mask_token_id=MASK, maskable=ids > 0, ratio=0.5, generators=generators(2))
-    padded = torch.cat([ids[1:], torch.zeros(1, 30, dtype=torch.long)], dim=1)
-    _, alone = mask_tokens(
-        padded, mask_token_id=MASK, maskable=padded > 0, ratio=0.5, generators=generators(1, first=1)
-    )
-    assert torch.equal(together[1], alone[0, :40]) and (alone[0, 40:] == -100).all()
+    settings = {"mask_token_id": MASK, "ratio": 0.5, "shift_labels": False}
+    _, together = mask_tokens(ids, maskable=ids > 0, generators=generators(2), **settings)
+    for left in (0, 7):
+        padded = torch.nn.functional.pad(ids[1:], (left, 30))
+        _, alone = mask_tokens(padded, maskable=padded > 0, generators=generators(1, first=1), **settings)
+        assert torch.equal(together[1], alone[0, left : left + 40])
+        assert (alone[padded == 0] == -100).all()
 
     pixel_values, image_tokens = patches_case()
     settings = {"num_patches_per_token": 4, "ratio": 0.5}

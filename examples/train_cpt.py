@@ -81,6 +81,8 @@ def main():
             rows = add_length(rows, processor, training_args.max_length)
     eval_rows = None
     if mixture.test_split_size is not None:
+        if mixture.streaming:
+            raise ValueError("test_split_size needs the whole data set: it cannot go with streaming: true.")
         split = rows.train_test_split(test_size=mixture.test_split_size, seed=training_args.seed)
         rows, eval_rows = split["train"], split["test"]
 

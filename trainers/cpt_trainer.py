@@ -23,12 +23,14 @@ class CPTTrainer(Trainer):
             configuration.
         args ([`CPTConfig`], *optional*): settings; all defaults when omitted.
         processing_class ([`MoCaProcessor`]): makes the batches, and is saved with every checkpoint.
-        data_collator (`Callable`, *optional*): a [`CPTCollator`] made from `args` when omitted.
+        data_collator (`Callable`, *optional*): a [`CPTCollator`] made from `args` when omitted; one that is given
+            serves evaluation too, as it is.
         kwargs: passed on to [`~transformers.Trainer`].
 
     Raises:
-        ValueError: neither `processing_class` nor `data_collator` is given, more than one device a process, or a model
-            that cannot be told the number of items.
+        ValueError: neither `processing_class` nor `data_collator` is given, more than one device a process, a model
+            that cannot be told the number of items, a mask token that model and tokenizer do not share, or
+            `compute_metrics`.
 
     Example:
 
@@ -58,6 +60,9 @@ class CPTTrainer(Trainer):
             data_collator, self._eval_collator = (_collator(processing_class, args) for _ in range(2))
         else:
             self._eval_collator = data_collator
+            processing_class = processing_class or getattr(data_collator, "processor", None)
+        if processing_class is not None:
+            _check_mask_token(model.config, processing_class.tokenizer)
         # The one place where the loss settings reach the model.
         model.config.mae_loss_weight = args.mae_loss_weight
         model.config.shift_labels = args.shift_labels
@@ -161,6 +166,23 @@ class CPTTrainer(Trainer):
         self._train_counts = torch.zeros(3 + len(BAD_ROW_REASONS), dtype=torch.int64, device=self.args.device)
         self._train_steps = 0
         self._train_start = time.perf_counter()
+
+
+def _check_mask_token(config, tokenizer):
+    """Refuse a tokenizer whose mask token the model does not know; write it into a configuration without one."""
+    mask_token_id = tokenizer.mask_token_id
+    if config.mask_token_id is None:
+        config.mask_token_id = mask_token_id
+    if config.mask_token_id != mask_token_id:
+        raise ValueError(
+            f"The model's mask_token_id is {config.mask_token_id}, the tokenizer's is {mask_token_id} "
+            f"({tokenizer.mask_token!r}): model and processor do not belong together."
+        )
+    if mask_token_id is not None and mask_token_id >= config.vocab_size:
+        raise ValueError(
+            f"The mask token's id {mask_token_id} lies outside the model's {config.vocab_size} embeddings; give "
+            "mask_token_id to MoCaForPreTraining.from_backbone, which makes room for it."
+        )
 
 
 def _collator(processor, args):

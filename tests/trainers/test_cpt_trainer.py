@@ -226,11 +226,27 @@ def test_config_defaults_are_the_papers(tmp_path):
     assert config.shift_labels and config.patch_noise == "per_patch"
 
 
+def test_a_collator_brings_its_processor_and_the_mask_token(tmp_path):
+    model = MoCaForPreTraining.from_backbone(tiny_backbone())
+    trainer = CPTTrainer(model, make_config(tmp_path), data_collator=CPTCollator(tiny_processor()))
+    trainer.save_model()
+    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.mask_token_id == 6
+    assert AutoModel.from_pretrained(tmp_path).config.mask_token_id == 6
+
+
 def test_trainer_refuses(tmp_path):
     config = make_config(tmp_path)
     with pytest.raises(ValueError, match="Linear does not take num_items_in_batch"):
         CPTTrainer(torch.nn.Linear(2, 2), config, processing_class=tiny_processor())
     with pytest.raises(ValueError, match="needs a processing_class"):
         CPTTrainer(make_model(), config)
+    with pytest.raises(ValueError, match="The model's mask_token_id is 6, the tokenizer's is 0"):
+        processor = tiny_processor()
+        processor.tokenizer.mask_token = "<|endoftext|>"
+        CPTTrainer(make_model(), config, processing_class=processor)
+    with pytest.raises(ValueError, match="mask token's id 6 lies outside the model's 5 embeddings"):
+        model = make_model()
+        model.config.get_text_config().vocab_size = 5
+        CPTTrainer(model, config, processing_class=tiny_processor())
     with pytest.raises(ValueError, match="compute_metrics is not supported"):
         CPTTrainer(make_model(), config, processing_class=tiny_processor(), compute_metrics=lambda _: {})

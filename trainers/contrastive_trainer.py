@@ -239,6 +239,12 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self._reset_task_totals()
         return super().train(*args, **kwargs)
 
+    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
+        """See `transformers.Trainer.evaluate`; data sets by task are checked and named as those of training are."""
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = DatasetDict(_by_task(eval_dataset, "eval"))
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     # Checkpoints.
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:

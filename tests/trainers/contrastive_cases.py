@@ -107,7 +107,11 @@ class RecordingTrainer(ContrastiveTrainer):
 
 
 def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_size=None):
-    """Train one epoch in float64; return losses, gradients of every step, and the tasks of this rank's batches."""
+    """Train one epoch in float64.
+
+    Returns:
+        The logs, the gradients of every step, the tasks of this rank's batches, and the loss on 10 other rows.
+    """
     model = build(model_folder, model_kwargs={"dtype": torch.float64})
     recorder = GradientRecorder()
     trainer = RecordingTrainer(
@@ -115,6 +119,7 @@ def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_s
         arguments(
             output_folder,
             per_device_train_batch_size=global_batch_size // world_size,
+            per_device_eval_batch_size=global_batch_size // world_size,
             mini_batch_size=mini_batch_size,
             max_grad_norm=0.0,
             optim="sgd",
@@ -127,7 +132,9 @@ def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_s
     assert trainer.args.world_size == world_size, trainer.args.world_size
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return [entry["loss"] for entry in history], recorder.steps, trainer.tasks_seen, history
+    # One full global batch and a partial one of two rows.
+    evaluation = trainer.evaluate({"texts": texts_task(10)})["eval_texts_loss"]
+    return history, recorder.steps, trainer.tasks_seen[: len(history)], evaluation
 
 
 def resume(model_folder, output_folder):
@@ -153,9 +160,9 @@ def resume(model_folder, output_folder):
 def main():
     model_folder, output_folder = sys.argv[1], Path(sys.argv[2])
     for name, mini_batch_size in (("plain", None), ("cached", 2)):
-        losses, gradients, tasks, history = run(model_folder, output_folder, 8, 2, mini_batch_size)
+        history, gradients, tasks, evaluation = run(model_folder, output_folder, 8, 2, mini_batch_size)
         rank = torch.distributed.get_rank()
-        record = {"losses": losses, "tasks": tasks, "history": history}
+        record = {"history": history, "tasks": tasks, "evaluation": evaluation}
         (output_folder / f"{name}-{rank}.json").write_text(json.dumps(record))
         torch.save(gradients, output_folder / f"{name}-{rank}.pt")
     difference = resume(model_folder, output_folder)

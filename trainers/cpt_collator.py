@@ -8,13 +8,15 @@ from collections import Counter
 import torch
 from PIL import Image
 
+from modeling_moca.processing_moca import PLACEHOLDER
+
 from .cpt_config import ON_BAD_ROW
 from .masking import PATCH_NOISES, mask_patches, mask_tokens, row_generator
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("text", "images")
-BAD_ROW_REASONS = ("empty_text", "undecodable_image", "placeholder_mismatch", "control_token", "does_not_fit")
+BAD_ROW_REASONS = ("empty_text", "undecodable_image", "placeholder_mismatch", "does_not_fit")
 
 
 class BadRowError(ValueError):
@@ -30,7 +32,8 @@ class CPTCollator:
 
     A row is `{"text": str, "images": list}`. In the text, `<|vision_start|><|image_pad|><|vision_end|>` stands where
     each image stands; an image is encoded bytes, `{"bytes": bytes, "path": ...}` as in an undecoded image column, or a
-    Pillow image. A row without images may leave the column out, or hold an empty list or None.
+    Pillow image. A row without images may leave the column out, or hold an empty list or None. Other control tokens in
+    the text are taken as the characters they are written with.
 
     The masks of a row are drawn from (seed, epoch, content of the row): they do not depend on rank, worker, batch or
     padding, change with every epoch, and are the same again after a resume.
@@ -95,7 +98,6 @@ class CPTCollator:
         self.on_bad_row = on_bad_row
         self.ignored_columns = tuple(ignored_columns)
         self.image_token_id = processor.image_token_id
-        self.image_token = tokenizer.convert_ids_to_tokens(self.image_token_id)
         self.num_patches_per_token = processor.image_processor.merge_size**2
         special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special_ids.update(tokenizer.all_special_ids, [self.image_token_id])
@@ -175,13 +177,11 @@ class CPTCollator:
         start = f"Row {index} of the batch ({(text or '')[:60]!r})"
         if not text or not text.strip():
             raise BadRowError("empty_text", f"{start} has no text.")
-        if self.tokenizer.mask_token in text:
-            raise BadRowError("control_token", f"{start} holds the mask token {self.tokenizer.mask_token!r} as text.")
-        num_placeholders = text.count(self.image_token)
+        num_placeholders = text.count(PLACEHOLDER)
         if num_placeholders != len(encoded):
             raise BadRowError(
                 "placeholder_mismatch",
-                f"{start} has {num_placeholders} image placeholders {self.image_token!r}, but {len(encoded)} images.",
+                f"{start} has {num_placeholders} image placeholders {PLACEHOLDER!r}, but {len(encoded)} images.",
             )
         key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
         images = []
@@ -245,17 +245,18 @@ class CPTCollator:
 
 
 def _decode(image):
-    """Return a fully loaded RGB Pillow image and the bytes it was made from."""
+    """Return a fully loaded Pillow image and the bytes it was made from."""
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
-        if isinstance(image, str):
-            with open(image, "rb") as file:
-                image = file.read()
+    if isinstance(image, str):
+        with open(image, "rb") as file:
+            image = file.read()
     if isinstance(image, Image.Image):
-        image = image.convert("RGB")
         return image, image.tobytes()
-    # convert loads every pixel, so that a truncated file fails here.
-    return Image.open(io.BytesIO(image)).convert("RGB"), image
+    decoded = Image.open(io.BytesIO(image))
+    # Every pixel, now: a truncated file must fail here.
+    decoded.load()
+    return decoded, image
 
 
 __all__ = ["BAD_ROW_REASONS", "BadRowError", "CPTCollator"]

@@ -43,8 +43,8 @@ class CPTConfig(TrainingArguments):
             a bad one (paper: 2048; the authors' released script: 1280).
         on_bad_row (`str`, *optional*, defaults to `"raise"`):
             What a row that cannot be used does (undecodable image, placeholders and images that differ in number,
-            empty text, a control token in the text, an image that does not fit): `"raise"` a `ValueError` naming it,
-            or `"skip"` it and count it, by reason, in the logs.
+            empty text, images that do not fit): `"raise"` a `ValueError` naming it, or `"skip"` it and count it, by
+            reason, in the logs.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:

@@ -71,6 +71,9 @@ def build_sentence_transformer(
         unpad_inputs=False,
         max_seq_length=max_length,
     )
+    if max_length is not None:
+        # Saved with the model; the tokenizer's own limit can only lower it.
+        transformer.processor.max_length = max_length
     pooling = Pooling(config.hidden_size, pooling_mode=_POOLING_MODES[config.pooling])
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
 

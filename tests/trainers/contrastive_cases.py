@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from modeling_moca import MoCaModel
+from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_transformer
@@ -21,8 +21,8 @@ COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown"
 
 
 def save_checkpoint(folder):
-    """Write a tiny MoCa model and its processor."""
-    MoCaModel.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(folder)
+    """Write what stage 1 leaves: a tiny pre-training model, heads included, and its processor."""
+    MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return str(folder)
 

@@ -71,6 +71,22 @@ def test_stock_modules_pool_as_the_model_does(checkpoint, tmp_path, pooling):
     torch.testing.assert_close(embeddings, torch.nn.functional.normalize(expected), atol=1e-5, rtol=1e-5)
 
 
+def test_prompts_by_task_and_max_length(checkpoint, tmp_path):
+    settings = arguments(tmp_path, prompts={"texts": {"query": "find: "}}, max_length=12)
+    trainer = ContrastiveTrainer(
+        build(checkpoint, max_length=12), settings, {"texts": texts_task(), "mixed": mixed_task()}
+    )
+    tokenizer = trainer.model.tokenizer
+    for task in ("texts", "mixed"):
+        batch = trainer.data_collator([trainer.train_dataset[task][index] for index in range(4)])
+        queries = tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
+        assert [query.startswith("find: ") for query in queries] == [task == "texts"] * 4
+        assert all(value.shape[1] <= 12 for key, value in batch.items() if key.endswith("input_ids"))
+        assert batch["positive_input_ids"].shape[1] > 6
+    trainer.save_model()
+    assert SentenceTransformer(str(tmp_path), device="cpu")[0].processor.max_length == 12
+
+
 def test_activation_checkpointing_keeps_the_gradients(checkpoint, tmp_path):
     gradients = []
     for enabled in (False, True):

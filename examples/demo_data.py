@@ -37,10 +37,10 @@ CELL_WIDTH, CELL_HEIGHT = 7, 14
 PAGE_COLUMNS, PAGE_LINES = 24, 8
 SHORT_PAGE_LINES = 4
 STOP_WORDS = frozenset(
-    "about above after also any are because been before being below both but can cannot could does each either for from "
-    "had has have having how into its itself may more most must not only other over same see should some such than that "
-    "the their them then there these they this those through under until use used uses using was were what when where "
-    "whether which while will with within without would your".split()
+    "about above after also any are because been before being below both but can cannot could does each either "
+    "for from had has have having how into its itself may more most must not only other over same see should some "
+    "such than that the their them then there these they this those through under until use used uses using was "
+    "were what when where whether which while will with within without would your".split()
 )
 
 
@@ -274,33 +274,38 @@ def pair_rows(split, seed):
         - `text`: a section's heading and a sentence -> the passage that follows it, as text.
     """
     pool, generator = _pool(split), np.random.default_rng((seed, 100 + SPLITS.index(split)))
-    page_rows, text_rows, digit_rows = [], {}, {}
+    page_rows, text_rows, digit_rows = [], [], {}
     for heading, paragraphs in sections(pool).items():
         for chunk in pages(" ".join(paragraphs)):
             words = key_words(chunk)
             if len(chunk) >= 120 and len(words) == 4:
                 question = f'Which page of "{heading}" mentions {", ".join(words[:3])} and {words[3]}?'
-                page_rows.append(({"text": question, "image": None}, {"text": "", "image": render_page(chunk)}))
+                page_rows.append((question, {"text": "", "image": render_page(chunk)}))
         for paragraph in paragraphs:
             sentences = re.split(r"(?<=[.!?:;]) ", paragraph)
             # A sentence and what follows it; the next pair starts behind the passage, so that none overlap.
             while len(sentences) > 1:
                 first, passage = sentences[0], pages(" ".join(sentences[1:]))[0]
                 if 25 <= len(first) <= 200 and len(passage) >= 50:
-                    text_rows[passage] = (
-                        {"text": f"{heading}: {first}", "image": None},
-                        {"text": passage, "image": None},
-                    )
-                    sentences = " ".join(sentences[1:])[len(passage) :].strip()
-                    sentences = re.split(r"(?<=[.!?:;]) ", sentences)[1:]
+                    text_rows.append((f"{heading}: {first}", {"text": passage, "image": None}))
+                    rest = " ".join(sentences[1:])[len(passage) :].strip()
+                    sentences = re.split(r"(?<=[.!?:;]) ", rest)[1:]
                 else:
                     sentences = sentences[1:]
     while len(digit_rows) < PAIR_LIMITS[split]:
         image, words = draw_digits(pool, generator)
-        digit_rows[words] = ({"text": words, "image": None}, {"text": "", "image": image})
+        digit_rows[words] = {"text": "", "image": image}
 
     def draw(rows):
+        # A question with two right answers, or an answer to two questions, would make the task unfair.
+        by_query, seen = {}, set()
+        for query, positive in rows:
+            content = positive["image"].tobytes() if positive["image"] else positive["text"]
+            if query not in by_query and content not in seen:
+                by_query[query] = positive
+            seen.add(content)
+        rows = list(by_query.items())
         chosen = generator.permutation(len(rows))[: PAIR_LIMITS[split]]
-        return [{"query": rows[i][0], "positive": rows[i][1]} for i in chosen]
+        return [{"query": {"text": rows[i][0], "image": None}, "positive": rows[i][1]} for i in chosen]
 
-    return {"page": draw(page_rows), "digits": draw(list(digit_rows.values())), "text": draw(list(text_rows.values()))}
+    return {"page": draw(page_rows), "digits": draw(digit_rows.items()), "text": draw(text_rows)}

@@ -240,6 +240,7 @@ def main():
     parser.add_argument("--output", default="examples/demo_backbone", help="folder of weights, tokenizer and log")
     parser.add_argument("--steps", type=int, default=100000, help="stop after this many steps")
     parser.add_argument("--minutes", type=float, default=30.0, help="or after this time, which paces the schedule")
+    parser.add_argument("--start-from", help="folder of an earlier run to go on from, at the largest pages at once")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -255,6 +256,9 @@ def main():
     # The two smallest and largest images of the demo, so that none is resized.
     image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28})
     model = build_model(tokenizer).train()
+    if arguments.start_from:
+        start_model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.start_from, dtype=torch.float32)
+        model.load_state_dict(start_model.state_dict())
     reader = Reader(reference + extra, arguments.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{parameters:,} parameters, {len(reader.words):,} words, {len(digit_scans('train')[1])} scans", flush=True)
@@ -279,7 +283,7 @@ def main():
         rate = arguments.learning_rate * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        level = sum(progress >= begin for begin in LEVEL_STARTS) - 1
+        level = sum(arguments.start_from is not None or progress >= begin for begin in LEVEL_STARTS) - 1
         if step % 4 == 3:
             level = int(reader.generator.integers(level + 1))
         lines, columns = LEVELS[level]

@@ -17,24 +17,26 @@ logger = logging.getLogger(__name__)
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
 
-# What a chat looks like as plain text: leading images, then the prompt (a system message), then the rest, nothing else.
+# What a chat looks like as plain text: leading images, then the prompt (its system messages), then the rest in order.
+# A single text with images behind it is how sentence-transformers passes {"text": ..., "image": ...}: images go first.
 CHAT_TEMPLATE = (
-    "{%- set ns = namespace(prompt='', prompted=false) -%}"
-    "{%- for message in messages -%}{%- if message['role'] == 'system' -%}"
-    "{%- if message['content'] is string -%}{%- set ns.prompt = ns.prompt + message['content'] -%}"
-    "{%- else -%}{%- for block in message['content'] -%}{%- if block['type'] == 'text' -%}"
-    "{%- set ns.prompt = ns.prompt + block['text'] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- for message in messages -%}{%- if message['role'] != 'system' -%}"
-    "{%- if message['content'] is string -%}"
-    "{%- if not ns.prompted -%}{{- ns.prompt -}}{%- set ns.prompted = true -%}{%- endif -%}"
-    "{{- message['content'] -}}"
-    "{%- else -%}{%- for block in message['content'] -%}"
+    "{%- set ns = namespace(prompt='', blocks=[], leading=true) -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
+    "{%- for block in content or [] -%}"
+    "{%- if block['type'] == 'text' and message['role'] == 'system' -%}"
+    "{%- set ns.prompt = ns.prompt + block['text'] -%}"
+    "{%- elif block['type'] == 'image' or block['text'] -%}{%- set ns.blocks = ns.blocks + [block] -%}{%- endif -%}"
+    "{%- endfor -%}{%- endfor -%}"
+    "{%- if ns.blocks and ns.blocks[0]['type'] == 'text'"
+    " and not ns.blocks[1:] | rejectattr('type', 'equalto', 'image') | list -%}"
+    "{%- set ns.blocks = ns.blocks[1:] + ns.blocks[:1] -%}{%- endif -%}"
+    "{%- for block in ns.blocks -%}"
     "{%- if block['type'] == 'image' -%}{{- '" + PLACEHOLDER + "' -}}"
-    "{%- elif block['type'] == 'text' -%}"
-    "{%- if not ns.prompted -%}{{- ns.prompt -}}{%- set ns.prompted = true -%}{%- endif -%}"
-    "{{- block['text'] -}}{%- endif -%}{%- endfor -%}{%- endif -%}{%- endif -%}{%- endfor -%}"
-    "{%- if not ns.prompted -%}{{- ns.prompt -}}{%- endif -%}"
+    "{%- else -%}{%- if ns.leading -%}{{- ns.prompt -}}{%- set ns.leading = false -%}{%- endif -%}"
+    "{{- block['text'] -}}{%- endif -%}{%- endfor -%}"
+    "{%- if ns.leading -%}{{- ns.prompt -}}{%- endif -%}"
 )
 
 
@@ -176,7 +178,8 @@ class MoCaProcessor(ProcessorMixin):
             pieces = sample.split(PLACEHOLDER)
             if len(pieces) - 1 != len(row_images):
                 raise ValueError(
-                    f"Row {row}: the text has {len(pieces) - 1} image placeholders, but there are {len(row_images)} images."
+                    f"Row {row}: the text has {len(pieces) - 1} image placeholders, but there are {len(row_images)} "
+                    "images."
                 )
             if not sample:
                 raise ValueError(f"Row {row} is empty: it has neither text nor images.")
@@ -186,9 +189,7 @@ class MoCaProcessor(ProcessorMixin):
             rows.append(parts)
         return self._encode(rows, max_length=max_length, padding=padding, return_tensors=return_tensors, **kwargs)
 
-    def apply_chat_template(
-        self, conversation, chat_template=None, tokenize=False, processor_kwargs=None, **kwargs
-    ):
+    def apply_chat_template(self, conversation, chat_template=None, tokenize=False, processor_kwargs=None, **kwargs):
         """Render chats as plain text, or encode them.
 
         Encoding does not go through the rendered text: images are blocks, so that text which looks like a placeholder
@@ -222,41 +223,55 @@ class MoCaProcessor(ProcessorMixin):
         prompt, parts = "", []
         for message in self._flat_messages(chat):
             content = message["content"]
-            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
             for block in blocks:
                 kind = block.get("type") if isinstance(block, dict) else None
                 if kind == "text" and message.get("role") == "system":
                     prompt += block["text"] or ""
+                elif kind == "text" and block["text"]:
+                    parts.append(block["text"])
                 elif kind == "text":
-                    parts.append(block["text"] or "")
+                    continue
                 elif kind == "image":
                     image = next((block[key] for key in ("image", "url", "path", "base64") if key in block), None)
                     if image is not None:
                         parts.append((image,))
                 else:
-                    raise ValueError(f"Row {row}: a content block must be of type 'text' or 'image', got {block!r:.200}.")
-        num_leading = next((i for i, part in enumerate(parts) if isinstance(part, str) and part), len(parts))
+                    raise ValueError(
+                        f"Row {row}: a content block must be of type 'text' or 'image', got {block!r:.200}."
+                    )
+        texts = [part for part in parts if isinstance(part, str)]
+        if texts and parts[:1] == texts:
+            # {"text": ..., "image": ...}: MoCa's format has the images first, whatever the order of the keys.
+            parts = [*parts[1:], *texts]
+        num_leading = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
         return [*parts[:num_leading], prompt, *parts[num_leading:]]
 
     def _flat_messages(self, chat):
-        """Yield messages; a chat inside a batch of other inputs arrives wrapped in a block of type "message"."""
+        """Yield messages; a chat inside a batch of other inputs arrives wrapped in blocks of type "message"."""
         for message in chat:
             content = message["content"]
-            wrapped = [block for block in content if isinstance(block, dict) and block.get("type") == "message"] if (
-                isinstance(content, list)
-            ) else []
-            if not wrapped:
+            if isinstance(content, str):
                 yield message
                 continue
-            for block in content:
-                if block in wrapped:
-                    yield from self._flat_messages(block["message"])
-                else:
+            for block in content or []:
+                if isinstance(block, dict) and block.get("type") == "message":
+                    inner = block["message"]
+                    yield from self._flat_messages([inner] if isinstance(inner, dict) else inner)
+                elif block is not None:
                     yield {**message, "content": [block]}
 
     def _encode(
-        self, rows, *, max_length=None, padding=True, return_tensors="pt", text_kwargs=None, images_kwargs=None,
-        common_kwargs=None, **kwargs,
+        self,
+        rows,
+        *,
+        max_length=None,
+        padding=True,
+        return_tensors="pt",
+        text_kwargs=None,
+        images_kwargs=None,
+        common_kwargs=None,
+        **kwargs,
     ):
         """Encode rows of parts: a string is text, a 1-tuple holds an image."""
         options = {**(common_kwargs or {}), **(text_kwargs or {})}
@@ -302,8 +317,8 @@ class MoCaProcessor(ProcessorMixin):
             fixed = sum(len(ids) for ids, is_text in segments if not is_text)
             if fixed > limit:
                 raise ValueError(
-                    f"Row {row}: its images take {fixed} tokens, more than max_length={limit}. Images are never cut: lower "
-                    "max_pixels, or raise max_length."
+                    f"Row {row}: its images take {fixed} tokens, more than max_length={limit}. Images are never cut: "
+                    "lower max_pixels, or raise max_length."
                 )
             excess = sum(len(ids) for ids, _ in segments) - limit
             if excess > 0:
@@ -317,7 +332,10 @@ class MoCaProcessor(ProcessorMixin):
         if cut_rows:
             logger.warning(
                 "Cut %d text tokens from the ends of %d of %d rows to keep max_length=%d.",
-                cut_tokens, cut_rows, len(rows), limit,
+                cut_tokens,
+                cut_rows,
+                len(rows),
+                limit,
             )
         return sequences
 

@@ -12,6 +12,8 @@ sys.path.insert(0, str(REPOSITORY))
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

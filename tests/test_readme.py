@@ -49,7 +49,7 @@ def test_stock_checkpoint_block_runs(tmp_path):
 
 
 def test_commands_and_files_exist():
-    for target in re.findall(r"\bmake (\w+) ", README):
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for path in re.findall(r"examples/[\w/.]+\.(?:py|yaml)", README):
         assert (ROOT / path).is_file(), path

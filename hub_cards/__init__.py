@@ -1,0 +1,5 @@
+"""Publishing of MoCa models: export to one folder that transformers and sentence-transformers load by name."""
+
+from .export import export
+
+__all__ = ["export"]

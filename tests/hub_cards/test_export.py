@@ -1,0 +1,188 @@
+"""Exports, checked by processes in which this project cannot be imported."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from hub_cards import export
+from modeling_moca import MoCaForPreTraining, MoCaModel
+from tests.tiny import tiny_backbone, tiny_processor
+
+CHECK = Path(__file__).with_name("check_export.py")
+CODE = ["configuration_moca.py", "heads_moca.py", "modeling_moca.py", "processing_moca.py"]
+
+
+def save(folder, model_class=MoCaModel, **kwargs):
+    model_class.from_backbone(tiny_backbone(), mask_token_id=6, **kwargs).save_pretrained(folder)
+    tiny_processor(max_length=128).save_pretrained(folder)
+    return folder
+
+
+def run(command, folder):
+    """Run Python in an empty folder with an empty cache and no network."""
+    home = folder / "elsewhere"
+    home.mkdir(exist_ok=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(home / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=home, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    return export(save(folder / "model"), folder / "published", prompts={"query": "Find: "}, license="apache-2.0")
+
+
+def test_folder_holds_what_it_needs_and_nothing_else(exported):
+    names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+    assert names == {
+        "1_Pooling/config.json",
+        "2_Normalize/config.json",
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "config_sentence_transformers.json",
+        "model.safetensors",
+        "modules.json",
+        "processor_config.json",
+        "sentence_bert_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        *CODE,
+    }
+    root = Path(sys.modules["modeling_moca"].__file__).parent
+    for name in CODE:
+        assert (exported / name).read_text() == (root / name).read_text()
+    config = json.loads((exported / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForPreTraining", "AutoProcessor"}
+    assert config["architectures"] == ["MoCaModel"]
+    sentence_config = json.loads((exported / "config_sentence_transformers.json").read_text())
+    assert sentence_config["prompts"]["query"] == "Find: "
+    assert set(sentence_config["requirements"]) == {"transformers", "sentence-transformers"}
+    assert json.loads((exported / "sentence_bert_config.json").read_text())["unpad_inputs"] is False
+    assert not any(name.startswith(("mlm_head", "mae_head")) for name in load_file(exported / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "kwargs"),
+    [
+        (MoCaModel, {}),
+        (MoCaForPreTraining, {}),
+        (MoCaModel, {"bidirectional": False, "pooling": "last"}),
+    ],
+)
+def test_both_doors_agree_where_the_package_is_unknown(model_class, kwargs, tmp_path):
+    published = export(save(tmp_path / "model", model_class, **kwargs), tmp_path / "published")
+    shutil.rmtree(tmp_path / "model")
+    run([str(CHECK), str(published)], tmp_path)
+
+
+def test_embeddings_are_those_of_the_trained_model(exported):
+    model = MoCaModel.from_pretrained(exported.parent / "model")
+    inputs = tiny_processor()(text=["a page about tides"])
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model(**inputs).pooler_output, dim=-1)
+    ours = SentenceTransformer(str(exported), device="cpu").encode(["a page about tides"], convert_to_tensor=True)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_prompt_stands_between_leading_images_and_text(exported):
+    model = SentenceTransformer(str(exported), device="cpu")
+    picture = tiny_picture()
+    cases = [("tides", "Find: tides"), ({"text": "tides", "image": picture}, {"text": "Find: tides", "image": picture})]
+    for given, written_out in cases:
+        prompted = model.encode([given], prompt_name="query", convert_to_tensor=True)
+        torch.testing.assert_close(prompted, model.encode([written_out], convert_to_tensor=True), atol=1e-6, rtol=0)
+        assert not torch.allclose(prompted, model.encode([given], convert_to_tensor=True), atol=1e-3)
+    alone = model.encode([picture], prompt_name="query", convert_to_tensor=True)
+    expected = model.encode([{"text": "Find: ", "image": picture}], convert_to_tensor=True)
+    torch.testing.assert_close(alone, expected, atol=1e-6, rtol=0)
+
+
+def tiny_picture():
+    from PIL import Image
+
+    return Image.effect_noise((56, 56), 80).convert("RGB")
+
+
+def test_card_is_filled_and_every_snippet_runs(exported, tmp_path):
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.library_name == "sentence-transformers" and card.data.license == "apache-2.0"
+    assert "{{" not in card.text and "bidirectional attention" in card.text and '"Find: "' in card.text
+    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert str(exported) in block
+        run(["-c", block], tmp_path)
+
+
+def test_truncated_embeddings_are_unit_length_when_asked(exported):
+    model = SentenceTransformer(str(exported), device="cpu", truncate_dim=8)
+    embedding = model.encode(["tides"], normalize_embeddings=True, convert_to_tensor=True)
+    assert embedding.shape == (1, 8) and embedding.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_version_gate_refuses(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    path = folder / "config_sentence_transformers.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "requirements": {"transformers": ">=99"}}))
+    with pytest.raises(ImportError, match="transformers"):
+        SentenceTransformer(str(folder), device="cpu")
+
+
+def test_script(exported, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "examples" / "export.py"
+    arguments = [
+        "--model",
+        str(exported.parent / "model"),
+        "--output",
+        str(tmp_path / "out"),
+        "--base-model",
+        "org/base",
+    ]
+    run([str(script), *arguments], tmp_path)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "org/base"
+
+
+def test_bad_folders_are_named(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"lacks \['config.json', 'processor_config.json'.*safetensors"):
+        export(tmp_path, tmp_path / "out")
+    folder = save(tmp_path / "model")
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks \['processor_config.json'\]"):
+        export(folder, tmp_path / "out")
+
+    save(folder)
+    with pytest.raises(ValueError, match="is not empty"):
+        export(folder, exported)
+    with pytest.raises(ValueError, match="is not an earlier export"):
+        export(folder, folder, overwrite=True)
+    again = export(folder, shutil.copytree(exported, tmp_path / "again"), overwrite=True)
+    assert "apache" not in (again / "README.md").read_text()
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["backbone.language_model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing: \['backbone.language_model.norm.weight'\]"):
+        export(folder, tmp_path / "out")
+
+    stock = tmp_path / "stock"
+    tiny_backbone().save_pretrained(stock)
+    tiny_processor().save_pretrained(stock)
+    with pytest.raises(ValueError, match="holds a model of type 'qwen2_5_vl', allowed is 'moca'"):
+        export(stock, tmp_path / "out")

@@ -45,7 +45,12 @@ def test_arrows_point_one_way(room):
 
 def test_remote_code_imports_nothing_else_and_relatively():
     travelling = [path for path in modules("modeling_moca") if path.name not in ("__init__.py", "conversion.py")]
-    assert {path.stem for path in travelling} >= {"configuration_moca", "modeling_moca", "heads_moca", "processing_moca"}
+    assert {path.stem for path in travelling} >= {
+        "configuration_moca",
+        "modeling_moca",
+        "heads_moca",
+        "processing_moca",
+    }
     for path in travelling:
         for name, level in imports(path):
             if level:

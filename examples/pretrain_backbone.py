@@ -95,15 +95,8 @@ def train_tokenizer(texts):
 
 def build_model(tokenizer):
     """Return an untrained causal model with a few spare rows in its vocabulary."""
-    special = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in {
-            "image": "image_pad",
-            "video": "video_pad",
-            "vision_start": "vision_start",
-            "vision_end": "vision_end",
-        }.items()
-    }
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    special = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
     config = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer) + SPARE_ROWS,
@@ -253,7 +246,7 @@ def main():
     extra = docstrings(held_out)
     words = ["zero one two three four five six seven eight nine zero"] * 200
     tokenizer = train_tokenizer(reference + words)
-    # The two smallest and largest images of the demo, so that none is resized.
+    # From 1 to 64 image tokens: none of the demo's images is resized.
     image_processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 64 * 28 * 28})
     model = build_model(tokenizer).train()
     if arguments.start_from:
@@ -261,16 +254,13 @@ def main():
         model.load_state_dict(start_model.state_dict())
     reader = Reader(reference + extra, arguments.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{parameters:,} parameters, {len(reader.words):,} words, {len(digit_scans('train')[1])} scans", flush=True)
 
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=arguments.learning_rate,
-        betas=(0.9, 0.98),
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    # A run that goes on from another one keeps its log.
+    past = pathlib.Path(arguments.start_from) / "log.jsonl" if arguments.start_from else None
+    lines_before = past.read_text(encoding="utf-8") if past and past.exists() else ""
     log = (output / "log.jsonl").open("w", encoding="utf-8")
+    log.write(lines_before)
     start, progress, step, recent = time.time(), 0.0, 0, []
 
     def record(**metrics):
@@ -278,6 +268,9 @@ def main():
         print(json.dumps(line), flush=True)
         print(json.dumps(line), file=log, flush=True)
 
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "start_from")}
+    scans = len(digit_scans("train")[1])
+    record(settings=settings, parameters=parameters, words=len(reader.words), scans=scans, goes_on=bool(lines_before))
     while progress < 1.0:
         progress = max(step / arguments.steps, (time.time() - start) / 60 / arguments.minutes)
         rate = arguments.learning_rate * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * min(progress, 1)))

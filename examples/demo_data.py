@@ -25,6 +25,7 @@ SPLITS = ("backbone", "cpt", "cl", "dev", "test")
 POOLS = {"backbone": "train", "cpt": "train", "cl": "cl", "dev": "dev", "test": "test"}
 # The share of sections and of scans that each pool gets, in percent.
 POOL_SHARES = {"train": 54, "cl": 18, "dev": 8, "test": 20}
+POOL_OF_PERCENT = tuple(pool for pool, share in POOL_SHARES.items() for _ in range(share))
 # At most this many labelled rows a task.
 PAIR_LIMITS = {"backbone": 200, "cpt": 200, "cl": 200, "dev": 80, "test": 150}
 
@@ -48,15 +49,6 @@ def _pool(split):
     if split not in POOLS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     return POOLS[split]
-
-
-def _pool_of_number(number):
-    """Return the pool that a number in [0, 100) falls into."""
-    for name, share in POOL_SHARES.items():
-        if number < share:
-            return name
-        number -= share
-    raise AssertionError("the shares must add up to 100")
 
 
 def to_ascii(text):
@@ -101,7 +93,7 @@ def sections(pool):
     return {
         heading: paragraphs
         for heading, paragraphs in documents.items()
-        if _pool_of_number(zlib.crc32(heading.encode()) % 100) == pool
+        if POOL_OF_PERCENT[zlib.crc32(heading.encode()) % 100] == pool
     }
 
 
@@ -112,7 +104,7 @@ def digit_scans(pool):
 
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
-    members = [index for rank, index in enumerate(order) if _pool_of_number(rank * 100 // len(order)) == pool]
+    members = [index for rank, index in enumerate(order) if POOL_OF_PERCENT[rank * 100 // len(order)] == pool]
     return digits.images[members], digits.target[members]
 
 
@@ -243,11 +235,8 @@ def pretraining_rows(split, seed):
 
 @lru_cache
 def _document_frequencies():
-    counts = Counter()
-    for paragraphs in sections("train").values():
-        for paragraph in paragraphs:
-            counts.update(set(re.findall(r"[a-z]{4,}", paragraph.lower())))
-    return counts
+    paragraphs = [paragraph for part in sections("train").values() for paragraph in part]
+    return Counter(word for text in paragraphs for word in set(re.findall(r"[a-z]{4,}", text.lower())))
 
 
 def key_words(text, count=4):

@@ -48,11 +48,7 @@ LEVEL_STARTS = (0.0, 0.15, 0.3, 0.5)
 
 
 def docstrings(held_out):
-    """Return the prose of the standard library's docstrings, without paragraphs that share a run of words with others.
-
-    Args:
-        held_out (`Iterable[str]`): paragraphs of which no eight words in a row may occur.
-    """
+    """Return the prose of the standard library's docstrings that shares no eight words in a row with held-out text."""
 
     def runs(text):
         words = re.findall(r"\w+", text.lower())
@@ -159,12 +155,7 @@ def losses(model, inputs):
 
 
 class Reader:
-    """Draws training rows: pages of words to read, strips of digits, prose.
-
-    Args:
-        paragraphs (`list[str]`): the prose.
-        seed (`int`): of the draws.
-    """
+    """Draws training rows from paragraphs: pages of words to read, strips of digits, prose."""
 
     def __init__(self, paragraphs, seed):
         self.words = " ".join(paragraphs).split()

@@ -75,6 +75,23 @@ def save_start(folder, processor, bidirectional):
     return folder
 
 
+def unlabelled_rows(split, seed, draws=1):
+    """Return interleaved rows as a data set: `text` with placeholders, and `images` as encoded bytes."""
+    features = Features({"text": Value("string"), "images": List(Value("binary"))})
+    rows = [row for draw in range(draws) for row in pretraining_rows(split, draws * seed + draw)]
+    return Dataset.from_list(rows, features=features)
+
+
+def labelled_pairs(split, seed):
+    """Return a data set a task, with columns `query` and `positive`, each text or image."""
+    tasks = {}
+    for task, rows in pair_rows(split, seed).items():
+        columns = {side: [as_input(row[side]) for row in rows] for side in ("query", "positive")}
+        kinds = {side: Value("string") if isinstance(values[0], str) else Image() for side, values in columns.items()}
+        tasks[task] = Dataset.from_dict(columns, features=Features(kinds))
+    return tasks
+
+
 def continual_pretraining(folder, processor, seed, args):
     """Stage 1: masked language modelling and masked autoencoding on unlabelled interleaved rows.
 
@@ -83,9 +100,7 @@ def continual_pretraining(folder, processor, seed, args):
     """
     set_seed(seed)
     model = MoCaForPreTraining.from_backbone(BACKBONE, mask_token_id=processor.mask_token_id, dtype=torch.float32)
-    features = Features({"text": Value("string"), "images": List(Value("binary"))})
-    rows = Dataset.from_list(pretraining_rows("cpt", seed), features=features)
-    held_out = Dataset.from_list(pretraining_rows("dev", 0)[:64], features=features)
+    rows, held_out = unlabelled_rows("cpt", seed, args.cpt_draws), unlabelled_rows("dev", 0).select(range(64))
     config = CPTConfig(
         **training_settings(folder, seed),
         max_steps=args.cpt_steps,
@@ -112,18 +127,13 @@ def contrastive_tuning(start, folder, seed, learning_rate, args):
     set_seed(seed)
     model = build_sentence_transformer(start, device="cpu")
     model.model_card_data.generate_widget_examples = False
-    tasks = {}
-    for task, rows in pair_rows("cl", seed).items():
-        columns = {side: [as_input(row[side]) for row in rows] for side in ("query", "positive")}
-        kinds = {side: Value("string") if isinstance(values[0], str) else Image() for side, values in columns.items()}
-        tasks[task] = Dataset.from_dict(columns, features=Features(kinds))
     config = ContrastiveConfig(
         **training_settings(folder, seed),
         num_train_epochs=args.cl_epochs,
         per_device_train_batch_size=args.cl_batch_size,
         learning_rate=learning_rate,
     )
-    trainer = ContrastiveTrainer(model, config, tasks)
+    trainer = ContrastiveTrainer(model, config, labelled_pairs("cl", seed))
     trainer.train()
     return model, trainer.state.log_history
 
@@ -160,6 +170,15 @@ def tune(output, processor, args):
             line = "  ".join(f"{task} {result['P@1']:.3f}/{result['nDCG@5']:.3f}" for task, result in results.items())
             mean = statistics.mean(result["nDCG@5"] for result in results.values())
             print(f"dev  {name:20s} learning rate {learning_rate:<8g} {line}  mean nDCG@5 {mean:.3f}", flush=True)
+
+
+def write_rows(output):
+    """Write the first seed's rows as Parquet: the data of the small YAML files in `examples/configs`."""
+    for folder in ("cpt", "pairs"):
+        (output / folder).mkdir(exist_ok=True)
+    unlabelled_rows("cpt", 0).to_parquet(output / "cpt" / "rows.parquet")
+    for task, rows in labelled_pairs("cl", 0).items():
+        rows.to_parquet(output / "pairs" / f"{task}.parquet")
 
 
 def search_in_a_fresh_process(model, output):
@@ -207,6 +226,7 @@ def parse_arguments():
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for everything written")
     parser.add_argument("--tune", action="store_true", help="try the learning rates on the dev rows, then stop")
     parser.add_argument("--cpt-steps", type=int, default=300)
+    parser.add_argument("--cpt-draws", type=int, default=1, help="differently cut copies of the pages")
     parser.add_argument("--cpt-batch-size", type=int, default=32)
     parser.add_argument("--cpt-learning-rate", type=float, default=1e-3)
     parser.add_argument("--mlm-ratio", type=float, default=0.4)
@@ -229,6 +249,7 @@ def main():
     if args.tune:
         tune(args.output, processor, args)
         return
+    write_rows(args.output)
     runs, histories = zip(*(compare(seed, args.output, processor, args) for seed in range(args.seeds)))
 
     published = args.output / "export"

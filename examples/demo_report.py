@@ -2,6 +2,7 @@
 
 import base64
 import html
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -83,20 +84,25 @@ def plot_contact_sheet(path, searched, queries_per_task=4):
     for task, pairs in pair_rows("test", 0).items():
         if pairs[0]["positive"]["image"] is not None:
             rows += [(task, pairs, query) for query in range(min(queries_per_task, len(pairs)))]
+    images = [pairs[0]["positive"]["image"] for _, pairs, _ in rows]
+    heights = [image.height / image.width + 0.08 for image in images]
     figure, axes = plt.subplots(
-        len(rows), 6, figsize=(13, 1.35 * len(rows)), layout="constrained", width_ratios=[2, 1, 1, 1, 1, 1]
+        len(rows),
+        6,
+        figsize=(13, 1.9 * sum(heights)),
+        layout="constrained",
+        width_ratios=[1.4, 1, 1, 1, 1, 1],
+        height_ratios=heights,
     )
     for axis_row, (task, pairs, query) in zip(axes, rows):
-        axis_row[0].text(0, 0.5, pairs[query]["query"]["text"], va="center", fontsize=8, wrap=True)
+        words = textwrap.fill(pairs[query]["query"]["text"], 38)
+        axis_row[0].text(0, 0.5, words, va="center", fontsize=9)
+        axis_row[0].set_axis_off()
         for axis, candidate in zip(axis_row[1:], searched[task]["top5"][query]):
             axis.imshow(pairs[candidate]["positive"]["image"])
-            if candidate == query:
-                axis.patch.set(edgecolor="tab:green", linewidth=6)
-        for axis in axis_row:
             axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if axis.patch.get_linewidth() > 1:
-                axis.spines[:].set(visible=True, color="tab:green", linewidth=3)
+            axis.spines[:].set(color="tab:green" if candidate == query else "0.8")
+            axis.spines[:].set_linewidth(5 if candidate == query else 0.5)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -115,7 +121,10 @@ def plot_reconstruction(path, folder, processor):
     filled[chosen] = predicted
     stages = {"original": original, "masked": batch["pixel_values"], "reconstructed": filled.flatten(0, 1)}
     sizes = batch["image_grid_thw"].prod(-1).tolist()
-    figure, axes = plt.subplots(len(sizes), 3, figsize=(13, 5.5), layout="constrained", height_ratios=[3, 1])
+    heights = (batch["image_grid_thw"][:, 1] / batch["image_grid_thw"][:, 2]).tolist()
+    figure, axes = plt.subplots(
+        len(sizes), 3, figsize=(13, 5 * sum(heights)), layout="constrained", height_ratios=heights
+    )
     for axis_row, grid, *parts in zip(axes, batch["image_grid_thw"], *(s.split(sizes) for s in stages.values())):
         for axis, title, part in zip(axis_row, stages, parts):
             axis.imshow(patches_to_image(part, grid, processor))

@@ -8,11 +8,17 @@ import logging
 import os
 
 import torch
-from transformers import AutoTokenizer, BatchFeature
-from transformers.image_utils import load_image
+from transformers import AutoTokenizer, BatchFeature, image_utils
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import is_vision_available
 
 logger = logging.getLogger(__name__)
+
+# Pillow is reached as image_utils.PIL: the remote-code loader refuses a file that imports a package which is not
+# installed, even inside a function, and text alone needs no Pillow.
+
+# Pillow is reached as image_utils.PIL: the remote-code loader refuses a file that imports a package which is not
+# installed, even inside a function, and text alone needs no Pillow.
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
@@ -46,8 +52,7 @@ def to_rgb(image):
     Args:
         image (`PIL.Image.Image`): any mode.
     """
-    from PIL import Image, ImageOps
-
+    Image, ImageOps = image_utils.PIL.Image, image_utils.PIL.ImageOps
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB":
         return image
@@ -82,6 +87,31 @@ class MoCaProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, max_length=2048, **kwargs):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.max_length = max_length
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        # Without Pillow there is no image processor, and text needs none.
+        if argument_name == "image_processor" and argument is None:
+            return None
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a saved processor; without Pillow, one that takes text only.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder.
+            kwargs: see `ProcessorMixin.from_pretrained`; `max_length`, `min_pixels` and `max_pixels` replace what was
+                saved.
+        """
+        if is_vision_available():
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        logger.warning("Pillow is not installed: the processor takes text only.")
+        passed_on = ("revision", "token", "cache_dir", "trust_remote_code")
+        hub_options = {key: value for key, value in kwargs.items() if key in passed_on}
+        saved, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_options)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub_options)
+        max_length = kwargs.get("max_length", saved.get("max_length", 2048))
+        return cls(None, tokenizer, chat_template=saved.get("chat_template"), max_length=max_length)
 
     @classmethod
     def from_backbone(
@@ -345,6 +375,8 @@ class MoCaProcessor(ProcessorMixin):
         for row, parts in enumerate(rows):
             for index, part in enumerate(part for part in parts if isinstance(part, tuple)):
                 places.append(f"Row {row}, image {index}")
+                if self.image_processor is None:
+                    raise ValueError(f"{places[-1]}: images need Pillow (pip install pillow), which was not there.")
                 opened.append(self._open_image(part[0], places[-1]))
         if not opened:
             return {}, []
@@ -363,8 +395,7 @@ class MoCaProcessor(ProcessorMixin):
         return {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}, num_tokens
 
     def _open_image(self, image, place):
-        from PIL import Image
-
+        Image = image_utils.PIL.Image
         try:
             if isinstance(image, dict) and image.get("bytes") is not None:
                 image = image["bytes"]
@@ -373,7 +404,7 @@ class MoCaProcessor(ProcessorMixin):
             if isinstance(image, (bytes, bytearray)):
                 image = Image.open(io.BytesIO(image))
             elif isinstance(image, (str, os.PathLike)):
-                image = load_image(os.fspath(image))
+                image = image_utils.load_image(os.fspath(image))
             elif not isinstance(image, Image.Image):
                 image = Image.fromarray(image)
             image.load()

@@ -14,8 +14,8 @@ MAY_IMPORT = {
     "trainers": {"modeling_moca"},
     "hub_cards": {"modeling_moca"},
 }
-# conversion.py stays at home and reads safetensors itself; Pillow and numpy come with any image.
-TRAVELLING = {"torch", "transformers", "PIL", "numpy"}
+# conversion.py stays at home and reads safetensors itself.
+TRAVELLING = {"torch", "transformers"}
 
 
 def modules(room):

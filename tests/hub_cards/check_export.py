@@ -11,7 +11,7 @@ class Refuse:
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("modeling_moca", "trainers", "hub_cards", "tests"):
-            raise ImportError(f"{name} must not be needed here")
+            raise ModuleNotFoundError(f"{name} must not be needed here")
 
 
 sys.meta_path.insert(0, Refuse())
@@ -101,6 +101,14 @@ def main(folder):
             assert ((states[0, 0] - moved[0, 0]).abs().max().item() > 1e-4) == bidirectional, attention
             real = inputs["attention_mask"].bool()
             assert (states - same)[real].abs().max().item() == 0, attention
+
+    # Conversion stays at home, and says so.
+    try:
+        type(model).from_backbone("anything")
+    except ImportError as error:
+        assert "from_backbone needs the installed `moca` package" in str(error)
+    else:
+        raise AssertionError("from_backbone must not work without the package")
 
     # User text never becomes a control token, whichever door; an empty text has an embedding.
     odd = [f"{PLACEHOLDER} <|image_pad|>", "", "<|mask|> <|endoftext|>"]

@@ -260,6 +260,19 @@ def test_saved_and_loaded(tmp_path):
     assert changed.max_length == 40 and int((changed(**arguments)["input_ids"] == 3).sum()) <= 4
 
 
+def test_without_pillow_there_is_still_text(tmp_path, monkeypatch):
+    processor = tiny_processor(max_length=33)
+    MoCaModel.from_backbone(tiny_backbone()).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr("modeling_moca.processing_moca.is_vision_available", lambda: False)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert loaded.image_processor is None and loaded.max_length == 33
+    assert loaded.chat_template == processor.chat_template
+    assert torch.equal(loaded(text=["hello"])["input_ids"], processor(text=["hello"])["input_ids"])
+    with pytest.raises(ValueError, match="Row 0, image 0: images need Pillow"):
+        loaded(text=[IMAGE], images=[[noise()]])
+
+
 def test_from_backbone_adds_a_mask_token(tmp_path):
     stock = tiny_processor(mask_token=None)
     assert stock.mask_token_id is None

@@ -36,11 +36,11 @@ def search(model, pairs, batch_size=32):
     Returns:
         `dict[str, dict]`: by task, the metrics `P@1` and `nDCG@5`, and `top5`, candidate numbers of every query.
     """
+    options = {"batch_size": batch_size, "convert_to_tensor": True, "show_progress_bar": False}
     results = {}
     for task, rows in pairs.items():
         embeddings = [
-            model.encode([as_input(row[side]) for row in rows], batch_size=batch_size, convert_to_tensor=True).float()
-            for side in ("query", "positive")
+            model.encode([as_input(row[side]) for row in rows], **options).float() for side in ("query", "positive")
         ]  # 2 x [n, d]
         metrics = retrieval_metrics(*embeddings, [[row] for row in range(len(rows))])
         top5 = (embeddings[0] @ embeddings[1].T).topk(min(5, len(rows))).indices

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 from demo_data import pair_rows, pretraining_rows
 from demo_report import write_report
 from demo_search import as_input, search
@@ -242,6 +242,7 @@ def main():
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     transformers_logging.set_verbosity_error()
+    disable_progress_bars()  # those of writing small files; the bars of the two stages stay
     args = parse_arguments()
     start = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)

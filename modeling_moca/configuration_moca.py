@@ -5,6 +5,16 @@ from transformers.configuration_utils import PretrainedConfig
 
 POOLING_MODES = ("mean", "last")
 
+# How the backbone takes images: "rows", the patches of all images one below the other (Qwen-VL), or "tiles", square
+# images of one size in a batch dimension of their own (Idefics3, SmolVLM).
+PIXEL_LAYOUTS = {
+    "qwen2_vl": "rows",
+    "qwen2_5_vl": "rows",
+    "qwen3_vl": "rows",
+    "idefics3": "tiles",
+    "smolvlm": "tiles",
+}
+
 
 class MoCaConfig(PretrainedConfig):
     """Architecture of a [`MoCaModel`] or [`MoCaForPreTraining`].
@@ -23,7 +33,8 @@ class MoCaConfig(PretrainedConfig):
         initializer_range (`float`, defaults to 0.02): standard deviation of new weights.
 
     Raises:
-        ValueError: `pooling` is not a known mode, or `mae_loss_weight` is negative.
+        ValueError: the backbone's `model_type` is not a supported one, `pooling` is not a known mode, or
+            `mae_loss_weight` is negative.
 
     Example:
 
@@ -57,6 +68,10 @@ class MoCaConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model("qwen2_5_vl")
         elif isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
+        if backbone_config.model_type not in PIXEL_LAYOUTS:
+            raise ValueError(
+                f"The backbone is of type {backbone_config.model_type!r}; supported are {sorted(PIXEL_LAYOUTS)}."
+            )
         # A published folder must name every door, whichever class was saved last.
         kwargs.setdefault(
             "auto_map",
@@ -90,6 +105,19 @@ class MoCaConfig(PretrainedConfig):
             text_config.is_causal = not self.bidirectional
             text_config.use_cache = False
 
+    @classmethod
+    def of_backbone(cls, backbone, **kwargs):
+        """Return the configuration of a bidirectional model on a checkpoint, of which it reads `config.json` alone.
+
+        Args:
+            backbone (`str` or `os.PathLike`): Hub id or folder.
+            kwargs: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
+
+        Raises:
+            ValueError: the checkpoint is not of a supported family.
+        """
+        return cls(backbone_config=AutoConfig.from_pretrained(backbone, **kwargs))
+
     def get_text_config(self, *args, **kwargs):
         """Return the language model's configuration (what generic code of transformers and trl asks for)."""
         return self.backbone_config.get_text_config(*args, **kwargs)
@@ -110,15 +138,34 @@ class MoCaConfig(PretrainedConfig):
         return self.backbone_config.image_token_id
 
     @property
+    def pixel_layout(self):
+        """`"rows"` or `"tiles"`: how the backbone takes images."""
+        return PIXEL_LAYOUTS[self.backbone_config.model_type]
+
+    @property
+    def patch_size(self):
+        """Side of a patch in pixels."""
+        return self.backbone_config.vision_config.patch_size
+
+    @property
+    def merge_size(self):
+        """Side, in patches, of the square that becomes one image token."""
+        if self.pixel_layout == "rows":
+            return self.backbone_config.vision_config.spatial_merge_size
+        return self.backbone_config.scale_factor
+
+    @property
     def num_patches_per_token(self):
-        """Rows of `pixel_values` that one image token owns (merge size squared)."""
-        return self.backbone_config.vision_config.spatial_merge_size**2
+        """Patches that one image token owns (merge size squared)."""
+        return self.merge_size**2
 
     @property
     def patch_dim(self):
-        """Values in one row of `pixel_values` (channels x temporal patch size x patch height x patch width)."""
+        """Values in one patch (channels x patch height x patch width, and for rows x temporal patch size)."""
         vision = self.backbone_config.vision_config
-        return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        if self.pixel_layout == "rows":
+            return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return vision.num_channels * vision.patch_size**2
 
 
 __all__ = ["MoCaConfig"]

@@ -51,8 +51,8 @@ def convert(
         checkpoint brings a trained one.
 
     Raises:
-        ValueError: missing, unexpected or mis-shaped tensors (all are listed), a loaded model that is not a
-            vision-language model, or `load_kwargs` beside a loaded model.
+        ValueError: missing, unexpected or mis-shaped tensors (all are listed), a backbone of another family than those
+            that [`MoCaConfig`] takes, or `load_kwargs` beside a loaded model.
     """
     published_head = {}
     if isinstance(backbone, PreTrainedModel):
@@ -62,12 +62,8 @@ def convert(
     else:
         stock, published_head = _load_stock(backbone, issubclass(model_class, MoCaForPreTraining), load_kwargs)
         source = os.fspath(backbone)
-    inner = getattr(stock, "model", stock)
-    if not hasattr(inner, "get_rope_index") or not hasattr(stock.config, "vision_config"):
-        raise ValueError(
-            f"{source} is not a vision-language model of the Qwen-VL families: got {type(stock).__name__}, expected "
-            "for example Qwen2_5_VLForConditionalGeneration."
-        )
+    # A model without vocabulary projection has the layers itself.
+    inner = stock if stock.get_output_embeddings() is None else stock.model
 
     config = MoCaConfig(
         backbone_config=stock.config,
@@ -97,6 +93,8 @@ def convert(
 
 def _load_stock(name, needs_lm_head, load_kwargs):
     """Load a checkpoint with its stock class; return it and the MAE head tensors a published checkpoint brings."""
+    hub_kwargs = {key: load_kwargs[key] for key in ("revision", "cache_dir", "token") if key in load_kwargs}
+    MoCaConfig.of_backbone(name, **hub_kwargs)  # refuses what it does not know before anything is loaded
     stock, info = AutoModelForImageTextToText.from_pretrained(
         name, output_loading_info=True, ignore_mismatched_sizes=True, **load_kwargs
     )
@@ -105,7 +103,6 @@ def _load_stock(name, needs_lm_head, load_kwargs):
     refuse_misfit(name, type(stock), info, optional)
     if not (head_keys and needs_lm_head):
         return stock, {}
-    hub_kwargs = {key: load_kwargs[key] for key in ("revision", "cache_dir", "token") if key in load_kwargs}
     return stock, _read_tensors(name, head_keys, hub_kwargs)
 
 

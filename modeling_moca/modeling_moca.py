@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_moca import MoCaConfig
 from .heads_moca import MoCaMAEHead, MoCaMLMHead, masked_patch_loss, masked_token_loss
+from .images_moca import real_tiles
 
 
 @dataclass
@@ -190,7 +191,7 @@ class MoCaModel(MoCaPreTrainedModel):
         return self.backbone.get_decoder()
 
     def get_position_ids(self, input_ids, attention_mask=None, image_grid_thw=None):
-        """Return rotary positions: temporal, height and width for image tokens, the same number thrice for text.
+        """Return rotary positions, as the backbone counts them.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
@@ -198,8 +199,13 @@ class MoCaModel(MoCaPreTrainedModel):
             image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): patches in time, height, width.
 
         Returns:
-            `torch.LongTensor` of shape `(3, batch_size, sequence_length)`.
+            `torch.LongTensor` of shape `(3, batch_size, sequence_length)`: temporal, height and width for image tokens,
+            the same number thrice for text (Qwen-VL); or `(batch_size, sequence_length)`, one after the other
+            (Idefics3, SmolVLM).
         """
+        if self.config.pixel_layout == "tiles":
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
+            return positions.expand(input_ids.shape)
         # Left to itself the backbone falls back to 1-D positions unless it is told where the image tokens are.
         image_tokens = (input_ids == self.config.image_token_id).int()  # [B, T]
         position_ids, _ = self.backbone.get_rope_index(
@@ -214,20 +220,25 @@ class MoCaModel(MoCaPreTrainedModel):
         pixel_values=None,
         image_grid_thw=None,
         position_ids=None,
+        pixel_attention_mask=None,
         **kwargs,
     ):
         """Return token states and one pooled, not yet normalised vector a row.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): one image token for every
-                `config.num_patches_per_token` rows of `pixel_values`.
+                `config.num_patches_per_token` patches of the images, in their order.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 for real tokens, 0
                 for padding on either side; all 1 when omitted.
-            pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`, *optional*): patches of all images of
-                the batch, one after another.
-            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): patches in time, height, width.
-            position_ids (`torch.LongTensor` of shape `(3, batch_size, sequence_length)`, *optional*): computed from
+            pixel_values (`torch.Tensor`, *optional*): patches of all images of the batch, one after another,
+                `(num_patches, patch_dim)`; for backbones that take tiles `(batch_size, num_tiles, channels, side,
+                side)`, all zero where a row has fewer tiles.
+            image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): patches in time, height, width;
+                needed with `pixel_values` of patches.
+            position_ids (`torch.LongTensor`, *optional*): see [`MoCaModel.get_position_ids`], which computes them from
                 the input when omitted.
+            pixel_attention_mask (`torch.Tensor` of shape `(batch_size, num_tiles, side, side)`, *optional*): 0 where a
+                tile is padded; for backbones that take tiles.
             kwargs: `output_hidden_states`, `output_attentions`.
 
         Returns:
@@ -235,11 +246,17 @@ class MoCaModel(MoCaPreTrainedModel):
             `pooler_output` of shape `(batch_size, hidden_size)`.
 
         Raises:
-            ValueError: image tokens and rows of `pixel_values` or `image_grid_thw` do not belong together.
+            ValueError: image tokens and images do not belong together.
         """
         self._check_images(input_ids, pixel_values, image_grid_thw)
         if position_ids is None:
             position_ids = self.get_position_ids(input_ids, attention_mask, image_grid_thw)
+        images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        if self.config.pixel_layout == "tiles":
+            images = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
+            # A stock model takes one blank tile for an image where no row has any.
+            if pixel_values is not None and not real_tiles(pixel_values).any():
+                images = {}
         # config.bidirectional is the one truth; the layers read the copy in the text configuration.
         self.language_model.config.is_causal = not self.config.bidirectional
         kwargs = {name: value for name, value in kwargs.items() if name.startswith("output_")}
@@ -247,9 +264,8 @@ class MoCaModel(MoCaPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            pixel_values=pixel_values,
-            image_grid_thw=image_grid_thw,
             use_cache=False,
+            **images,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # [B, T, d]
@@ -260,21 +276,58 @@ class MoCaModel(MoCaPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def vision_anchor(self):
+        """Return 0, made from one blank image by every weight of the vision side.
+
+        Added to the states of a batch without images it changes nothing, adds no token, and lets every rank of a
+        sharded or data-parallel run use the same weights in every forward pass; otherwise such runs hang.
+
+        Returns:
+            `torch.Tensor`: scalar.
+        """
+        config, device = self.config, self.device
+        if config.pixel_layout == "rows":
+            pixels = torch.zeros(config.num_patches_per_token, config.patch_dim, device=device)  # [m*m, P]
+            grid = torch.tensor([[1, config.merge_size, config.merge_size]], device=device)  # [1, 3]
+            features = self.backbone.get_image_features(pixels, grid)
+        else:
+            vision = config.backbone_config.vision_config
+            shape = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+            # Not zeros: those mean padding.
+            features = self.backbone.get_image_features(torch.ones(shape, device=device))
+        # Qwen3-VL feeds features of several depths to the language model.
+        depths = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
+        return sum(image.sum() for images in depths for image in images) * 0
+
     def _check_images(self, input_ids, pixel_values, image_grid_thw):
         num_image_tokens = int((input_ids == self.config.image_token_id).sum())
         if pixel_values is None:
             if num_image_tokens:
                 raise ValueError(f"input_ids hold {num_image_tokens} image tokens, but pixel_values is None.")
             return
+        expected = num_image_tokens * self.config.num_patches_per_token
+        if self.config.pixel_layout == "tiles":
+            if pixel_values.ndim != 5:
+                raise ValueError(
+                    "pixel_values must have the shape (batch_size, num_tiles, channels, side, side), got "
+                    f"{tuple(pixel_values.shape)}."
+                )
+            num_tiles = int(real_tiles(pixel_values).sum())
+            num_patches = num_tiles * (pixel_values.shape[-1] // self.config.patch_size) ** 2
+            if num_patches != expected:
+                raise ValueError(
+                    f"input_ids hold {num_image_tokens} image tokens, which own {expected} patches; got {num_patches} "
+                    f"in {num_tiles} tiles of {pixel_values.shape[-1]} x {pixel_values.shape[-1]} pixels."
+                )
+            return
         if image_grid_thw is None:
             raise ValueError("pixel_values need image_grid_thw of shape (num_images, 3), got None.")
         num_grid_patches = int(image_grid_thw.prod(-1).sum())
         num_patches = pixel_values.shape[0]
-        if num_grid_patches != num_patches or num_patches != num_image_tokens * self.config.num_patches_per_token:
+        if num_grid_patches != num_patches or num_patches != expected:
             raise ValueError(
-                f"input_ids hold {num_image_tokens} image tokens, which own "
-                f"{num_image_tokens * self.config.num_patches_per_token} rows of pixel_values; got {num_patches} rows, "
-                f"and image_grid_thw counts {num_grid_patches}."
+                f"input_ids hold {num_image_tokens} image tokens, which own {expected} rows of pixel_values; got "
+                f"{num_patches} rows, and image_grid_thw counts {num_grid_patches}."
             )
 
 
@@ -321,6 +374,7 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
         patch_mask=None,
         patch_labels=None,
         num_items_in_batch=None,
+        pixel_attention_mask=None,
         **kwargs,
     ):
         """Return both reconstruction losses of one masked batch.
@@ -328,8 +382,8 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): chosen tokens already replaced by
                 the mask token.
-            attention_mask, pixel_values, image_grid_thw: as in [`MoCaModel.forward`]; chosen rows of `pixel_values`
-                already replaced by noise.
+            attention_mask, pixel_values, image_grid_thw, pixel_attention_mask: as in [`MoCaModel.forward`]; chosen
+                patches already replaced by noise.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): original ids at chosen
                 tokens, -100 elsewhere, at the tokens' own positions (`config.shift_labels` moves the states).
             patch_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): chosen image tokens.
@@ -348,7 +402,7 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
             missing = "patch_mask" if patch_mask is None else "patch_labels"
             raise ValueError(f"patch_mask and patch_labels belong together, but {missing} is None.")
         position_ids = self.moca.get_position_ids(input_ids, attention_mask, image_grid_thw)
-        outputs = self.moca(input_ids, attention_mask, pixel_values, image_grid_thw, position_ids=position_ids)
+        outputs = self.moca(input_ids, attention_mask, pixel_values, image_grid_thw, position_ids, pixel_attention_mask)
         hidden_states = outputs.last_hidden_state  # [B, T, d]
         num_tokens, num_patches = (None, None) if num_items_in_batch is None else num_items_in_batch
 

@@ -1,80 +1,47 @@
 """MoCaProcessor: text and images in, model inputs out, through one code path for every door.
 
-This file travels to the Hub as remote code: it imports torch and transformers, and Pillow only once an image comes.
+This file travels to the Hub as remote code: it imports torch and transformers only, and needs Pillow only once an image
+comes.
 """
 
-import io
 import logging
 import os
 
 import torch
-from transformers import AutoTokenizer, BatchFeature, image_utils
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_vision_available
 
+from .chat_moca import CHAT_TEMPLATE, IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START, chat_parts
+from .configuration_moca import MoCaConfig
+from .images_moca import open_image
+
 logger = logging.getLogger(__name__)
 
-# Pillow is reached as image_utils.PIL: the remote-code loader refuses a file that imports a package which is not
-# installed, even inside a function, and text alone needs no Pillow.
-
-# Pillow is reached as image_utils.PIL: the remote-code loader refuses a file that imports a package which is not
-# installed, even inside a function, and text alone needs no Pillow.
-
-VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
-
-# What a chat looks like as plain text: leading images, then the prompt (its system messages), then the rest in order.
-# A single text with images behind it is how sentence-transformers passes {"text": ..., "image": ...}: images go first.
-CHAT_TEMPLATE = (
-    "{%- set ns = namespace(prompt='', blocks=[], leading=true) -%}"
-    "{%- for message in messages -%}"
-    "{%- set content = message['content'] -%}"
-    "{%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}"
-    "{%- for block in content or [] -%}"
-    "{%- if block['type'] == 'text' and message['role'] == 'system' -%}"
-    "{%- set ns.prompt = ns.prompt + block['text'] -%}"
-    "{%- elif block['type'] == 'image' or block['text'] -%}{%- set ns.blocks = ns.blocks + [block] -%}{%- endif -%}"
-    "{%- endfor -%}{%- endfor -%}"
-    "{%- if ns.blocks and ns.blocks[0]['type'] == 'text'"
-    " and not ns.blocks[1:] | rejectattr('type', 'equalto', 'image') | list -%}"
-    "{%- set ns.blocks = ns.blocks[1:] + ns.blocks[:1] -%}{%- endif -%}"
-    "{%- for block in ns.blocks -%}"
-    "{%- if block['type'] == 'image' -%}{{- '" + PLACEHOLDER + "' -}}"
-    "{%- else -%}{%- if ns.leading -%}{{- ns.prompt -}}{%- set ns.leading = false -%}{%- endif -%}"
-    "{{- block['text'] -}}{%- endif -%}{%- endfor -%}"
-    "{%- if ns.leading -%}{{- ns.prompt -}}{%- endif -%}"
-)
-
-
-def to_rgb(image):
-    """Return a Pillow image as RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
-
-    Args:
-        image (`PIL.Image.Image`): any mode.
-    """
-    Image, ImageOps = image_utils.PIL.Image, image_utils.PIL.ImageOps
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
-        # A plain convert("RGB") clips 16-bit values at 255 instead of scaling them.
-        return image.point(lambda value: value / 257, "L" if image.mode != "I" else None).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+# The tokens that a backbone's tokenizer must have, by the layout of its pixels; the first stands for image patches.
+IMAGE_TOKENS = {
+    "rows": (IMAGE_PAD, VISION_START, VISION_END),
+    "tiles": ("<image>", "<fake_token_around_image>", "<global-img>"),
+}
 
 
 class MoCaProcessor(ProcessorMixin):
-    """Turn text, images and interleaved input into `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`.
+    """Turn text, images and interleaved input into `input_ids`, `attention_mask`, `pixel_values` and what goes with it.
 
     Args:
-        image_processor (`Qwen2VLImageProcessorPil`): makes patches; the Pillow one, so that torchvision is not needed.
-        tokenizer (`PreTrainedTokenizerBase`): has the vision tokens; for pre-training also a mask token.
+        image_processor (`BaseImageProcessor`): the backbone's own, the Pillow one, so that torchvision is not needed:
+            `Qwen2VLImageProcessorPil` makes rows of patches, `Idefics3ImageProcessorPil` and
+            `SmolVLMImageProcessorPil` make tiles.
+        tokenizer (`PreTrainedTokenizerBase`): has the backbone's image tokens; for pre-training also a mask token.
         chat_template (`str`, *optional*): MoCa's plain format when omitted.
         max_length (`int`, defaults to 2048): most tokens of a row, image tokens included. Text is cut from the end of
             a longer row, an image never.
+        patch_size (`int`, *optional*): side of a patch in pixels; needed with tiles, else the image processor's.
+        merge_size (`int`, *optional*): side, in patches, of the square that becomes one image token; needed with tiles,
+            else the image processor's.
+
+    Raises:
+        ValueError: the tokenizer has no image tokens, or sizes are missing.
 
     Example:
 
@@ -84,9 +51,36 @@ class MoCaProcessor(ProcessorMixin):
     ```
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, max_length=2048, **kwargs):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        max_length=2048,
+        patch_size=None,
+        merge_size=None,
+        **kwargs,
+    ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.max_length = max_length
+        self.patch_size = patch_size or getattr(image_processor, "patch_size", None)
+        self.merge_size = merge_size or getattr(image_processor, "merge_size", None)
+        missing = {layout: self._missing(tokens) for layout, tokens in IMAGE_TOKENS.items()}
+        if all(missing.values()):
+            raise ValueError(
+                f"{type(tokenizer).__name__} lacks the image tokens of every supported family of backbones: {missing}."
+            )
+        self._layout = next(layout for layout, tokens in missing.items() if not tokens)
+        if image_processor is not None and not (self.patch_size and self.merge_size):
+            raise ValueError(
+                f"{type(image_processor).__name__} cuts tiles and does not know how the backbone divides them: give "
+                f"patch_size and merge_size, got {patch_size} and {merge_size}."
+            )
+        self._image_ids_cache = {}
+
+    def _missing(self, tokens):
+        ids = [self.tokenizer.convert_tokens_to_ids(token) for token in tokens]
+        return [token for token, index in zip(tokens, ids) if index is None or index == self.tokenizer.unk_token_id]
 
     def check_argument_for_proper_class(self, argument_name, argument):
         # Without Pillow there is no image processor, and text needs none.
@@ -100,8 +94,8 @@ class MoCaProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): Hub id or folder.
-            kwargs: see `ProcessorMixin.from_pretrained`; `max_length`, `min_pixels` and `max_pixels` replace what was
-                saved.
+            kwargs: see `ProcessorMixin.from_pretrained`; `max_length` and the image processor's settings (`min_pixels`,
+                `max_pixels`, `size`) replace what was saved.
         """
         if is_vision_available():
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -115,56 +109,71 @@ class MoCaProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbone(
-        cls,
-        backbone,
-        *,
-        mask_token="<|mask|>",
-        min_pixels=256 * 28 * 28,
-        max_pixels=1024 * 28 * 28,
-        max_length=2048,
-        **kwargs,
+        cls, backbone, *, mask_token="<|mask|>", min_pixels=None, max_pixels=None, size=None, max_length=2048, **kwargs
     ):
         """Build the processor of a stock vision-language checkpoint, and give its tokenizer a mask token.
 
         Args:
-            backbone (`str` or `os.PathLike`): Hub id or folder with tokenizer and image processor files.
+            backbone (`str` or `os.PathLike`): Hub id or folder with configuration, tokenizer and image processor files.
             mask_token (`str`, defaults to `"<|mask|>"`): added if the tokenizer has no mask token.
-            min_pixels, max_pixels (`int`): area that images are resized into; 28 x 28 pixels are one image token, so
-                the defaults are the paper's 256 to 1024 tokens an image.
+            min_pixels, max_pixels (`int`, *optional*): area that images are resized into; 256 and 1024 image tokens
+                when omitted (paper). Only for backbones that take rows of patches (Qwen-VL).
+            size (`dict`, *optional*): `{"longest_edge": pixels}` that images are resized to before they are cut into
+                tiles; the checkpoint's own when omitted. Only for backbones that take tiles (Idefics3, SmolVLM).
             max_length (`int`, defaults to 2048): most tokens of a row.
             kwargs: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
 
         Raises:
-            ValueError: the tokenizer has no vision tokens.
+            ValueError: the folder has no tokenizer or image processor, the tokenizer lacks the image tokens, patches
+                are not of the model's size, or a limit belongs to the other layout.
         """
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        tokenizer = AutoTokenizer.from_pretrained(backbone, **kwargs)
-        missing = [token for token in (VISION_START, IMAGE_PAD, VISION_END) if token not in tokenizer.get_vocab()]
-        if missing:
-            raise ValueError(f"The tokenizer of {os.fspath(backbone)} lacks {missing}; MoCa needs a Qwen-VL tokenizer.")
+        config = MoCaConfig.of_backbone(backbone, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(backbone, **kwargs)
+            image_processor = AutoImageProcessor.from_pretrained(backbone, backend="pil", **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{os.fspath(backbone)} brings no tokenizer or image processor of its own ({error}). Give the "
+                "checkpoint it was made from: for the published MoCa-Qwen25VL-3B that is Qwen/Qwen2.5-VL-3B-Instruct."
+            ) from error
         if tokenizer.mask_token is None:
             tokenizer.add_special_tokens({"mask_token": mask_token})
         tokenizer.padding_side = "right"
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(
-            backbone, min_pixels=min_pixels, max_pixels=max_pixels, **kwargs
+        if config.pixel_layout == "rows":
+            if size is not None:
+                raise ValueError(
+                    f"size belongs to backbones that take tiles; give min_pixels and max_pixels, got {size}."
+                )
+            sizes = (image_processor.patch_size, image_processor.merge_size)
+            if sizes != (config.patch_size, config.merge_size):
+                raise ValueError(
+                    f"The image processor of {os.fspath(backbone)} has patch_size and merge_size {sizes}, the model "
+                    f"{(config.patch_size, config.merge_size)}."
+                )
+            token_area = (config.patch_size * config.merge_size) ** 2
+            image_processor.size = {
+                "shortest_edge": 256 * token_area if min_pixels is None else min_pixels,
+                "longest_edge": 1024 * token_area if max_pixels is None else max_pixels,
+            }
+        else:
+            if min_pixels is not None or max_pixels is not None:
+                raise ValueError(
+                    "min_pixels and max_pixels belong to backbones that take rows of patches; give "
+                    f"size={{'longest_edge': ...}}, got {min_pixels} and {max_pixels}."
+                )
+            image_processor.size = size or image_processor.size
+        return cls(
+            image_processor,
+            tokenizer,
+            max_length=max_length,
+            patch_size=config.patch_size,
+            merge_size=config.merge_size,
         )
-        return cls(image_processor, tokenizer, max_length=max_length)
 
     @property
     def image_token_id(self):
         """Id of the token that stands for one merged group of image patches."""
-        return self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-
-    @property
-    def vision_start_token_id(self):
-        """Id of the token before an image."""
-        return self.tokenizer.convert_tokens_to_ids(VISION_START)
-
-    @property
-    def vision_end_token_id(self):
-        """Id of the token after an image."""
-        return self.tokenizer.convert_tokens_to_ids(VISION_END)
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS[self._layout][0])
 
     @property
     def mask_token_id(self):
@@ -173,7 +182,8 @@ class MoCaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self):
-        return ["input_ids", "attention_mask", "pixel_values", "image_grid_thw"]
+        last = {"rows": "image_grid_thw", "tiles": "pixel_attention_mask"}[self._layout]
+        return ["input_ids", "attention_mask", "pixel_values", last]
 
     def __call__(self, images=None, text=None, *, max_length=None, padding=True, return_tensors="pt", **kwargs):
         """Encode rows in the plain format.
@@ -192,7 +202,9 @@ class MoCaProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`; with images also
-            `pixel_values` of shape `(num_patches, patch_dim)` and `image_grid_thw` of shape `(num_images, 3)`.
+            `pixel_values` of shape `(num_patches, patch_dim)` and `image_grid_thw` of shape `(num_images, 3)`, or for
+            backbones that take tiles `pixel_values` of shape `(batch_size, num_tiles, channels, side, side)` and
+            `pixel_attention_mask` of shape `(batch_size, num_tiles, side, side)`, zero where a row has fewer tiles.
 
         Raises:
             ValueError: an empty row; placeholders and images of a row differ in number; an image does not open; the
@@ -245,51 +257,8 @@ class MoCaProcessor(ProcessorMixin):
             return super().apply_chat_template(conversation, chat_template=chat_template, tokenize=False, **kwargs)
         if conversation and isinstance(conversation[0], dict):
             conversation = [conversation]
-        rows = [self._chat_parts(row, chat) for row, chat in enumerate(conversation)]
+        rows = [chat_parts(row, chat) for row, chat in enumerate(conversation)]
         return self._encode(rows, **(processor_kwargs or {}))
-
-    def _chat_parts(self, row, chat):
-        """Return a chat as text parts and image parts: leading images, the prompt, the rest."""
-        prompt, parts = "", []
-        for message in self._flat_messages(chat):
-            content = message["content"]
-            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            for block in blocks:
-                kind = block.get("type") if isinstance(block, dict) else None
-                if kind == "text" and message.get("role") == "system":
-                    prompt += block["text"] or ""
-                elif kind == "text" and block["text"]:
-                    parts.append(block["text"])
-                elif kind == "text":
-                    continue
-                elif kind == "image":
-                    image = next((block[key] for key in ("image", "url", "path", "base64") if key in block), None)
-                    if image is not None:
-                        parts.append((image,))
-                else:
-                    raise ValueError(
-                        f"Row {row}: a content block must be of type 'text' or 'image', got {block!r:.200}."
-                    )
-        texts = [part for part in parts if isinstance(part, str)]
-        if texts and parts[:1] == texts:
-            # {"text": ..., "image": ...}: MoCa's format has the images first, whatever the order of the keys.
-            parts = [*parts[1:], *texts]
-        num_leading = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))
-        return [*parts[:num_leading], prompt, *parts[num_leading:]]
-
-    def _flat_messages(self, chat):
-        """Yield messages; a chat inside a batch of other inputs arrives wrapped in blocks of type "message"."""
-        for message in chat:
-            content = message["content"]
-            if isinstance(content, str):
-                yield message
-                continue
-            for block in content or []:
-                if isinstance(block, dict) and block.get("type") == "message":
-                    inner = block["message"]
-                    yield from self._flat_messages([inner] if isinstance(inner, dict) else inner)
-                elif block is not None:
-                    yield {**message, "content": [block]}
 
     def _encode(
         self,
@@ -310,8 +279,8 @@ class MoCaProcessor(ProcessorMixin):
         limit = max_length or options.get("max_length") or min(self.max_length, self.tokenizer.model_max_length)
         padding = options.get("padding", padding)
         rows = [[part for part in parts if part != ""] for parts in rows]
-        image_inputs, num_tokens = self._encode_images(rows, images_kwargs or {})
-        sequences = self._encode_text(rows, num_tokens, limit)
+        image_inputs, image_ids = self._encode_images(rows, images_kwargs or {})
+        sequences = self._encode_text(rows, image_ids, limit)
         width = limit if padding == "max_length" else max(map(len, sequences), default=0)
         if not padding and len({len(sequence) for sequence in sequences}) > 1:
             raise ValueError("Rows differ in length: padding must be True or 'max_length', got False.")
@@ -325,9 +294,9 @@ class MoCaProcessor(ProcessorMixin):
             attention_mask[row, real] = 1
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **image_inputs})
 
-    def _encode_text(self, rows, num_image_tokens, limit):
+    def _encode_text(self, rows, image_ids, limit):
         """Return one list of ids a row, text cut from the end where the row exceeds `limit`."""
-        counts = iter(num_image_tokens)
+        image_ids = iter(image_ids)
         sequences, cut_rows, cut_tokens = [], 0, 0
         for row, parts in enumerate(rows):
             segments = []  # (ids, is text)
@@ -342,8 +311,7 @@ class MoCaProcessor(ProcessorMixin):
                     segments.append((ids, True))
                     text = ""
                 if part is not None:
-                    ids = [self.vision_start_token_id, *[self.image_token_id] * next(counts), self.vision_end_token_id]
-                    segments.append((ids, False))
+                    segments.append((next(image_ids), False))
             fixed = sum(len(ids) for ids, is_text in segments if not is_text)
             if fixed > limit:
                 raise ValueError(
@@ -370,47 +338,74 @@ class MoCaProcessor(ProcessorMixin):
         return sequences
 
     def _encode_images(self, rows, images_kwargs):
-        """Return `pixel_values` and `image_grid_thw` of all images, and the number of tokens of each."""
+        """Return the pixels of all images as the backbone takes them, and the ids that stand for each image."""
         opened, places = [], []
         for row, parts in enumerate(rows):
+            opened.append([])
             for index, part in enumerate(part for part in parts if isinstance(part, tuple)):
                 places.append(f"Row {row}, image {index}")
                 if self.image_processor is None:
                     raise ValueError(f"{places[-1]}: images need Pillow (pip install pillow), which was not there.")
-                opened.append(self._open_image(part[0], places[-1]))
-        if not opened:
+                opened[-1].append(open_image(part[0], places[-1]))
+        if not places:
             return {}, []
         options = {key: value for key, value in images_kwargs.items() if key != "return_tensors"}
+        encode = self._rows_of_patches if self._layout == "rows" else self._tiles
         try:
-            encoded = self.image_processor(images=opened, return_tensors="pt", **options)
+            return encode(opened, options)
         except ValueError:
-            for place, image in zip(places, opened):
+            for place, image in zip(places, (image for images in opened for image in images)):
                 try:
-                    self.image_processor(images=[image], return_tensors="pt", **options)
+                    encode([[image]], options)
                 except ValueError as error:
                     raise ValueError(f"{place} of {image.width}x{image.height} pixels is refused: {error}") from error
             raise
-        grids = encoded["image_grid_thw"]  # [num_images, 3]
-        num_tokens = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
-        return {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}, num_tokens
 
-    def _open_image(self, image, place):
-        Image = image_utils.PIL.Image
-        try:
-            if isinstance(image, dict) and image.get("bytes") is not None:
-                image = image["bytes"]
-            elif isinstance(image, dict):
-                image = image["path"]
-            if isinstance(image, (bytes, bytearray)):
-                image = Image.open(io.BytesIO(image))
-            elif isinstance(image, (str, os.PathLike)):
-                image = image_utils.load_image(os.fspath(image))
-            elif not isinstance(image, Image.Image):
-                image = Image.fromarray(image)
-            image.load()
-            return to_rgb(image)
-        except Exception as error:
-            raise ValueError(f"{place} does not open: {error}") from error
+    def _rows_of_patches(self, images, options):
+        flat = [image for row_images in images for image in row_images]
+        encoded = self.image_processor(images=flat, return_tensors="pt", **options)
+        grids = encoded["image_grid_thw"]  # [num_images, 3]
+        num_tokens = (grids.prod(-1) // self.merge_size**2).tolist()
+        inputs = {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}
+        return inputs, [self._image_ids(number) for number in num_tokens]
+
+    def _tiles(self, images, options):
+        options = {**options, "return_row_col_info": True}
+        encoded = self.image_processor(images=images, return_tensors="pt", **options)
+        grids = [grid for rows, columns in zip(encoded["rows"], encoded["cols"]) for grid in zip(rows, columns)]
+        # Of the width of a byte: as it comes, the mask is larger than the pixels of an image.
+        mask = encoded["pixel_attention_mask"].bool()
+        inputs = {"pixel_values": encoded["pixel_values"], "pixel_attention_mask": mask}
+        return inputs, [self._image_ids(*grid) for grid in grids]
+
+    def _image_ids(self, *grid):
+        """Return the ids of one image: of its number of tokens, or of its rows and columns of tiles."""
+        if self._layout == "rows":
+            image, start, end = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["rows"])
+            return [start, *[image] * grid[0], end]
+        if grid not in self._image_ids_cache:
+            # As the backbones were trained: tiles row by row, each named by its place, then the whole image.
+            rows, columns = grid
+            side = self.image_processor.max_image_size["longest_edge"] // self.patch_size // self.merge_size
+            image, around, overview = IMAGE_TOKENS["tiles"]
+            tile = image * side**2
+            prompt = ""
+            for row in range(1, rows + 1):
+                prompt += "".join(f"{around}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
+            prompt += ("\n" if prompt else "") + around + overview + tile + around
+            self._image_ids_cache[grid] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return self._image_ids_cache[grid]
+
+    def num_image_tokens(self, height, width):
+        """Return how many tokens an image takes in a row, those around it included, without looking at its pixels.
+
+        Args:
+            height, width (`int`): size of the image in pixels.
+        """
+        number = self.image_processor.get_number_of_image_patches(height, width, {})
+        if self._layout == "rows":
+            return len(self._image_ids(number // self.merge_size**2))
+        return len(self._image_ids(*number[1:]))
 
     def _deal_images(self, images, num_placeholders):
         """Return a list of images for every row, whichever way they were given."""
@@ -432,4 +427,4 @@ class MoCaProcessor(ProcessorMixin):
         return [[next(remaining) for _ in range(count)] for count in num_placeholders]
 
 
-__all__ = ["MoCaProcessor", "to_rgb"]
+__all__ = ["MoCaProcessor"]

@@ -20,12 +20,13 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VOCAB_SIZE = 320
 
 
-def tiny_tokenizer(mask_token="<|mask|>"):
-    """Return a byte-level BPE tokenizer of 256 bytes and the special tokens (ids 0 to 6)."""
+def tiny_tokenizer(mask_token="<|mask|>", renamed=None):
+    """Return a byte-level BPE tokenizer of 256 bytes and the special tokens (ids 0 to 6), some of them renamed."""
+    special_tokens = [(renamed or {}).get(token, token) for token in SPECIAL_TOKENS]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = SPECIAL_TOKENS if mask_token else SPECIAL_TOKENS[:-1]
+    specials = special_tokens if mask_token else special_tokens[:-1]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - 20,
         special_tokens=specials,
@@ -38,7 +39,7 @@ def tiny_tokenizer(mask_token="<|mask|>"):
         eos_token="<|endoftext|>",
         pad_token="<|pad|>",
         mask_token=mask_token,
-        additional_special_tokens=SPECIAL_TOKENS[2:6],
+        additional_special_tokens=special_tokens[2:6],
         padding_side="right",
     )
 

@@ -282,21 +282,13 @@ def _keep_vision_tower_in_use(model: nn.Module) -> None:
     """Run the vision tower in forward passes without images too, at no effect on the result.
 
     A step runs one forward pass a column. Ranks must agree on what each pass uses, or sharded runs hang, and
-    distributed data parallel takes the parameters that the last pass did not use for unused ones. One blank patch
-    group goes through the tower and enters the states times 0; no token is added and attention never sees it.
+    distributed data parallel takes the parameters that the last pass did not use for unused ones.
     """
 
-    def add_blank_image(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-        if kwargs.get("pixel_values") is not None:
-            return outputs
-        merge_size = model.config.backbone_config.vision_config.spatial_merge_size
-        device = outputs.last_hidden_state.device
-        pixels = torch.zeros(model.config.num_patches_per_token, model.config.patch_dim, device=device)
-        grid = torch.tensor([[1, merge_size, merge_size]], device=device)
-        states = module.get_image_features(pixels, grid).pooler_output
-        blank = sum(state.sum() for state in states) * 0
-        outputs.last_hidden_state = outputs.last_hidden_state + blank
+    def add_vision_anchor(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        if kwargs.get("pixel_values") is None:
+            outputs.last_hidden_state = outputs.last_hidden_state + model.vision_anchor()
         return outputs
 
     # On the backbone: sentence-transformers calls `model.forward`, past the model's own hooks.
-    model.backbone.register_forward_hook(add_blank_image, with_kwargs=True)
+    model.backbone.register_forward_hook(add_vision_anchor, with_kwargs=True)

@@ -8,7 +8,8 @@ from collections import Counter
 import torch
 from PIL import Image
 
-from modeling_moca.processing_moca import PLACEHOLDER
+from modeling_moca.chat_moca import PLACEHOLDER
+from modeling_moca.images_moca import from_patch_rows, to_patch_rows
 
 from .cpt_config import ON_BAD_ROW
 from .masking import PATCH_NOISES, mask_patches, mask_tokens, row_generator
@@ -98,7 +99,7 @@ class CPTCollator:
         self.on_bad_row = on_bad_row
         self.ignored_columns = tuple(ignored_columns)
         self.image_token_id = processor.image_token_id
-        self.num_patches_per_token = processor.image_processor.merge_size**2
+        self.patch_layout = {"patch_size": processor.patch_size, "merge_size": processor.merge_size}
         special_ids = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         special_ids.update(tokenizer.all_special_ids, [self.image_token_id])
         self.special_ids = torch.tensor(sorted(special_ids))
@@ -122,8 +123,9 @@ class CPTCollator:
 
         Returns:
             `dict` of tensors: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`; if any
-            row has an image also `pixel_values`, `image_grid_thw`, `patch_mask` and `patch_labels`; with
-            `on_bad_row="skip"` also `skipped_rows` of shape `(len(BAD_ROW_REASONS),)`.
+            row has an image also `pixel_values`, `patch_mask`, `patch_labels` and `image_grid_thw` or
+            `pixel_attention_mask`, whichever the backbone takes; with `on_bad_row="skip"` also `skipped_rows` of shape
+            `(len(BAD_ROW_REASONS),)`.
         """
         for index, row in enumerate(rows):
             self._check_columns(row, index)
@@ -152,15 +154,18 @@ class CPTCollator:
         )
         batch = {"input_ids": masked_input_ids, "attention_mask": attention_mask, "labels": labels}
         if inputs.get("pixel_values") is not None:
-            batch["pixel_values"], batch["patch_mask"], batch["patch_labels"] = mask_patches(
-                inputs["pixel_values"],
+            pixel_values = inputs["pixel_values"]
+            masked_rows, batch["patch_mask"], batch["patch_labels"] = mask_patches(
+                to_patch_rows(pixel_values, **self.patch_layout),
                 image_tokens=input_ids == self.image_token_id,
-                num_patches_per_token=self.num_patches_per_token,
+                num_patches_per_token=self.patch_layout["merge_size"] ** 2,
                 ratio=self.mae_ratio,
                 generators=generators,
                 noise=self.patch_noise,
             )
-            batch["image_grid_thw"] = inputs["image_grid_thw"]
+            batch["pixel_values"] = from_patch_rows(masked_rows, pixel_values, **self.patch_layout)
+            # What else tells the backbone about its images.
+            batch |= {name: inputs[name] for name in ("image_grid_thw", "pixel_attention_mask") if name in inputs}
         return batch
 
     def _check_columns(self, row, index):

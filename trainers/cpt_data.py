@@ -5,6 +5,8 @@ import io
 import datasets
 from PIL import Image
 
+from modeling_moca.chat_moca import PLACEHOLDER
+
 from .cpt_collator import COLUMNS
 
 FEATURES = datasets.Features(
@@ -74,19 +76,17 @@ def add_length(rows, processor, max_length):
     Returns:
         `datasets.Dataset` with one more column. A row that cannot be read counts by its text.
     """
-    num_patches_per_token = processor.image_processor.merge_size**2
 
     def length(row):
-        num_tokens = len(processor.tokenizer(row["text"] or "").input_ids)
+        text = (row["text"] or "").replace(PLACEHOLDER, "")
+        num_tokens = len(processor.tokenizer(text, split_special_tokens=True).input_ids)
         for image in row["images"] or []:
             try:
                 width, height = Image.open(io.BytesIO(image)).size
             # The collator says what is wrong with the image, in one place.
             except Exception:
                 continue
-            num_patches = processor.image_processor.get_number_of_image_patches(height, width, {})
-            # The placeholder in the text is one of them.
-            num_tokens += num_patches // num_patches_per_token - 1
+            num_tokens += processor.num_image_tokens(height, width)
         return {"length": min(num_tokens, max_length)}
 
     lengths = rows.map(length, remove_columns=rows.column_names, desc="Measuring rows")

@@ -19,7 +19,14 @@ from modeling_moca import MoCaForPreTraining, MoCaModel
 from tests.tiny import tiny_backbone, tiny_processor
 
 CHECK = Path(__file__).with_name("check_export.py")
-CODE = ["configuration_moca.py", "heads_moca.py", "modeling_moca.py", "processing_moca.py"]
+CODE = [
+    "chat_moca.py",
+    "configuration_moca.py",
+    "heads_moca.py",
+    "images_moca.py",
+    "modeling_moca.py",
+    "processing_moca.py",
+]
 
 
 def save(folder, model_class=MoCaModel, **kwargs):

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from modeling_moca import MoCaModel, MoCaProcessor
-from modeling_moca.processing_moca import to_rgb
-from tests.tiny import IMAGE, tiny_backbone, tiny_processor, tiny_tokenizer
+from modeling_moca.images_moca import to_rgb
+from tests.tiny import IMAGE, tiny_backbone, tiny_config, tiny_processor, tiny_tokenizer
 
 QWEN_TOKENIZER = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizer"
 
@@ -47,7 +47,7 @@ def test_placeholder_becomes_one_token_for_every_four_patches():
     assert batch["image_grid_thw"].tolist() == [[1, 4, 6], [1, 4, 2]]
     assert batch["pixel_values"].shape == (24 + 8, 1176)
     assert (batch["input_ids"][batch["attention_mask"] == 0] == processor.tokenizer.pad_token_id).all()
-    assert (processor.image_token_id, processor.vision_start_token_id, processor.vision_end_token_id) == (3, 2, 5)
+    assert processor.image_token_id == 3
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])
@@ -276,6 +276,7 @@ def test_without_pillow_there_is_still_text(tmp_path, monkeypatch):
 def test_from_backbone_adds_a_mask_token(tmp_path):
     stock = tiny_processor(mask_token=None)
     assert stock.mask_token_id is None
+    tiny_config().save_pretrained(tmp_path)
     stock.tokenizer.save_pretrained(tmp_path)
     stock.image_processor.save_pretrained(tmp_path)
     processor = MoCaProcessor.from_backbone(tmp_path, min_pixels=28 * 28, max_pixels=2 * 28 * 28, max_length=50)
@@ -288,13 +289,19 @@ def test_from_backbone_adds_a_mask_token(tmp_path):
 
 
 def test_from_backbone_needs_vision_tokens(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="brings no tokenizer or image processor of its own.*Give the checkpoint it was"
+    ):
+        MoCaProcessor.from_backbone(tmp_path)
     tokenizer = tiny_tokenizer()
+    tiny_processor().image_processor.save_pretrained(tmp_path)
     content = tokenizer.backend_tokenizer.to_str().replace("<|image_pad|>", "<|picture|>")
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     config = re.sub(r"<\|image_pad\|>", "<|picture|>", (tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(config)
-    with pytest.raises(ValueError, match=r"lacks \['<\|image_pad\|>'\]"):
+    with pytest.raises(ValueError, match=r"lacks the image tokens.*'rows': \['<\|image_pad\|>'\]"):
         MoCaProcessor.from_backbone(tmp_path)
 
 

@@ -1,0 +1,135 @@
+"""Images as the two families of backbones take them: opening, colours, and the way from image tokens to their pixels.
+
+This file travels to the Hub as remote code: it imports torch and transformers only.
+"""
+
+import io
+import os
+
+from transformers import image_utils
+
+# Pillow is reached as image_utils.PIL: the remote-code loader refuses a file that imports a package which is not
+# installed, even inside a function, and text alone needs no Pillow.
+
+
+def open_image(image, place):
+    """Return an image, whatever it came as, as a fully loaded RGB Pillow image.
+
+    Args:
+        image: a Pillow image, a `numpy` array (uint8), encoded bytes, a path, or `{"bytes": ..., "path": ...}` as in an
+            undecoded image column.
+        place (`str`): where it stands, for the message.
+
+    Raises:
+        ValueError: the image does not open; the message begins with `place`.
+    """
+    Image = image_utils.PIL.Image
+    try:
+        if isinstance(image, dict) and image.get("bytes") is not None:
+            image = image["bytes"]
+        elif isinstance(image, dict):
+            image = image["path"]
+        if isinstance(image, (bytes, bytearray)):
+            image = Image.open(io.BytesIO(image))
+        elif isinstance(image, (str, os.PathLike)):
+            image = image_utils.load_image(os.fspath(image))
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(image)
+        image.load()
+        return to_rgb(image)
+    # What Pillow raises depends on the format and on where the bytes are damaged.
+    except Exception as error:
+        raise ValueError(f"{place} does not open: {error}") from error
+
+
+def to_rgb(image):
+    """Return a Pillow image as RGB: turned as its EXIF says, transparency on white, 16 bits scaled to 8.
+
+    Args:
+        image (`PIL.Image.Image`): any mode.
+    """
+    Image, ImageOps = image_utils.PIL.Image, image_utils.PIL.ImageOps
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("I;16", "I;16L", "I;16B", "I"):
+        # A plain convert("RGB") clips 16-bit values at 255 instead of scaling them.
+        return image.point(lambda value: value / 257, "L" if image.mode != "I" else None).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def real_tiles(pixel_values):
+    """Tell tiles from the padding that gives every row of a batch equally many (all zero, as the backbones have it).
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_tiles, channels, side, side)`).
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, num_tiles)`.
+    """
+    return pixel_values.ne(0).flatten(2).any(-1)
+
+
+def to_patch_rows(pixel_values, patch_size, merge_size):
+    """Return the patches of all images, one a row, in the order of the image tokens that own them.
+
+    An image token owns `merge_size**2` consecutive rows: the square of patches that the backbone merges into it. This
+    is what masked autoencoding hides and restores (paper section 3.1), the same for both layouts of pixels.
+
+    Args:
+        pixel_values (`torch.Tensor`): `(num_patches, patch_dim)`, which is in this order already and comes back as it
+            is, or tiles `(batch_size, num_tiles, channels, side, side)`.
+        patch_size (`int`): side of a patch in pixels.
+        merge_size (`int`): side, in patches, of the square that becomes one image token.
+
+    Returns:
+        `torch.Tensor` of shape `(num_patches, patch_dim)`.
+
+    Example:
+
+    ```python
+    >>> to_patch_rows(torch.rand(1, 2, 3, 8, 8), patch_size=2, merge_size=2).shape
+    torch.Size([32, 12])
+    ```
+    """
+    if pixel_values.ndim == 2:
+        return pixel_values
+    tiles = pixel_values[real_tiles(pixel_values)]  # [n, C, S, S]
+    split = _split_tiles(tiles, patch_size, merge_size)  # [n, C, I, m, p, J, m, p]
+    return split.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, tiles.shape[1] * patch_size**2)  # [n I J m m, C p p]
+
+
+def from_patch_rows(rows, pixel_values, patch_size, merge_size):
+    """Put patch rows back where `to_patch_rows` took them from.
+
+    Args:
+        rows (`torch.Tensor` of shape `(num_patches, patch_dim)`): new patches, in the order of `to_patch_rows`.
+        pixel_values (`torch.Tensor`): the pixels that the rows were taken from; left as they are.
+        patch_size, merge_size: see [`to_patch_rows`].
+
+    Returns:
+        `torch.Tensor` of the shape of `pixel_values`.
+    """
+    if pixel_values.ndim == 2:
+        return rows
+    real = real_tiles(pixel_values)
+    tiles = pixel_values[real]
+    n, channels, num_rows, _, _, num_columns, _, _ = _split_tiles(tiles, patch_size, merge_size).shape
+    merged = rows.view(n, num_rows, num_columns, merge_size, merge_size, channels, patch_size, patch_size)
+    pixel_values = pixel_values.clone()
+    pixel_values[real] = merged.permute(0, 5, 1, 3, 6, 2, 4, 7).reshape(tiles.shape)
+    return pixel_values
+
+
+def _split_tiles(tiles, patch_size, merge_size):
+    """View tiles [n, C, S, S] as [n, C, I, m, p, J, m, p]: image tokens, patches of a token, pixels of a patch."""
+    side = tiles.shape[-1] // (patch_size * merge_size)
+    shape = (*tiles.shape[:2], side, merge_size, patch_size, side, merge_size, patch_size)
+    return tiles.reshape(shape)
+
+
+__all__ = ["from_patch_rows", "open_image", "real_tiles", "to_patch_rows", "to_rgb"]

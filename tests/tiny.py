@@ -50,7 +50,7 @@ def tiny_processor(mask_token="<|mask|>", min_pixels=28 * 28, max_pixels=16 * 28
     return MoCaProcessor(image_processor, tiny_tokenizer(mask_token), **kwargs)
 
 
-def tiny_config(tie_word_embeddings=True, **text_overrides):
+def tiny_config(tie_word_embeddings=True, vision_overrides=None, **text_overrides):
     """Return a stock Qwen2.5-VL configuration of four 32-wide layers and two vision blocks."""
     text = {
         "vocab_size": VOCAB_SIZE,
@@ -75,6 +75,7 @@ def tiny_config(tie_word_embeddings=True, **text_overrides):
             "out_hidden_size": 32,
             "window_size": 56,
             "fullatt_block_indexes": [1],
+            **(vision_overrides or {}),
         },
         vision_start_token_id=2,
         image_token_id=3,
@@ -84,10 +85,10 @@ def tiny_config(tie_word_embeddings=True, **text_overrides):
     )
 
 
-def tiny_backbone(seed=0, tie_word_embeddings=True, **text_overrides):
+def tiny_backbone(seed=0, tie_word_embeddings=True, vision_overrides=None, **text_overrides):
     """Return a stock, randomly initialised Qwen2.5-VL of about 60K parameters."""
     torch.manual_seed(seed)
-    config = tiny_config(tie_word_embeddings, **text_overrides)
+    config = tiny_config(tie_word_embeddings, vision_overrides, **text_overrides)
     # Wider than the usual 0.02: attention must matter, or a leak would not show.
     config.text_config.initializer_range = config.vision_config.initializer_range = 0.2
     return Qwen2_5_VLForConditionalGeneration(config).eval()

@@ -119,7 +119,11 @@ class MoCaConfig(PretrainedConfig):
         return cls(backbone_config=AutoConfig.from_pretrained(backbone, **kwargs))
 
     def get_text_config(self, *args, **kwargs):
-        """Return the language model's configuration (what generic code of transformers and trl asks for)."""
+        """Return the language model's configuration, which generic code of transformers and trl asks for.
+
+        Args:
+            args, kwargs: see `PretrainedConfig.get_text_config`.
+        """
         return self.backbone_config.get_text_config(*args, **kwargs)
 
     @property

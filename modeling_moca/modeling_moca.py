@@ -180,9 +180,11 @@ class MoCaModel(MoCaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """Return the token embeddings (`nn.Embedding` of `vocab_size` rows)."""
         return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        """Put other token embeddings, `value` (`nn.Embedding`), in their place."""
         self.backbone.set_input_embeddings(value)
 
     @property
@@ -353,15 +355,19 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """Return the token embeddings (`nn.Embedding` of `vocab_size` rows)."""
         return self.moca.get_input_embeddings()
 
     def set_input_embeddings(self, value):
+        """Put other token embeddings, `value` (`nn.Embedding`), in their place."""
         self.moca.set_input_embeddings(value)
 
     def get_output_embeddings(self):
+        """Return the vocabulary projection (`nn.Linear` to `vocab_size`)."""
         return self.mlm_head.lm_head
 
     def set_output_embeddings(self, value):
+        """Put another vocabulary projection, `value` (`nn.Linear`), in its place."""
         self.mlm_head.lm_head = value
 
     def forward(
@@ -391,6 +397,7 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
                 original pixel rows of the chosen image tokens, in the order of `patch_mask`.
             num_items_in_batch (`torch.Tensor` of shape `(2,)`, *optional*): chosen tokens and chosen patches of the
                 whole optimisation step, over accumulation and ranks; this batch's own when omitted.
+            kwargs: taken and left aside, since generic code passes more than this model needs.
 
         Returns:
             [`MoCaPreTrainingOutput`]

@@ -83,7 +83,11 @@ class MoCaProcessor(ProcessorMixin):
         return [token for token, index in zip(tokens, ids) if index is None or index == self.tokenizer.unk_token_id]
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        # Without Pillow there is no image processor, and text needs none.
+        """Accept no image processor: without Pillow there is none, and text needs none.
+
+        Args:
+            argument_name, argument: see `ProcessorMixin.check_argument_for_proper_class`.
+        """
         if argument_name == "image_processor" and argument is None:
             return None
         return super().check_argument_for_proper_class(argument_name, argument)
@@ -182,6 +186,7 @@ class MoCaProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self):
+        """Names of what the processor makes, and the model takes."""
         last = {"rows": "image_grid_thw", "tiles": "pixel_attention_mask"}[self._layout]
         return ["input_ids", "attention_mask", "pixel_values", last]
 

@@ -78,3 +78,27 @@ def test_packages_neither_print_nor_evaluate_nor_unpickle(room):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("print", "eval", "exec"), f"{path.name}:{node.lineno} {node.func.id}"
         assert not {name.split(".")[0] for name, level in imports(path) if level == 0} & {"pickle", "dill"}
+
+
+def public_functions(tree, prefix=""):
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            yield from public_functions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+
+
+@pytest.mark.parametrize("path", modules("modeling_moca"), ids=lambda path: path.name)
+def test_public_functions_tell_their_arguments_and_errors(path):
+    for name, node in public_functions(ast.parse(path.read_text())):
+        docstring = ast.get_docstring(node)
+        assert docstring, f"{path.name}: {name} has no docstring"
+        if isinstance(node, ast.ClassDef):
+            continue
+        arguments = [argument.arg for argument in node.args.args + node.args.kwonlyargs]
+        arguments += [argument.arg for argument in (node.args.vararg, node.args.kwarg) if argument]
+        untold = [argument for argument in arguments if argument not in ("self", "cls") and argument not in docstring]
+        assert not untold, f"{path.name}: the docstring of {name} does not tell {untold}"
+        if any(isinstance(inner, ast.Raise) for inner in ast.walk(node)):
+            assert "Raises:" in docstring, f"{path.name}: the docstring of {name} does not tell what it raises"

@@ -38,8 +38,23 @@ class ScriptArguments:
         },
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2 or eager."})
-    min_pixels: int = field(default=256 * 28 * 28, metadata={"help": "Smaller images are enlarged to this area."})
-    max_pixels: int = field(default=1024 * 28 * 28, metadata={"help": "Larger images are shrunk to this area."})
+    processor_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where tokenizer and image processor come from, for a checkpoint that brings none (the published "
+            "MoCa models: the Qwen checkpoint they were made from)."
+        },
+    )
+    min_pixels: int | None = field(
+        default=None, metadata={"help": "Smaller images are enlarged to this area; 256 image tokens when not set."}
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "Larger images are shrunk to this area; 1024 image tokens when not set."}
+    )
+    longest_edge: int | None = field(
+        default=None,
+        metadata={"help": "Idefics3 and SmolVLM instead: side that images are resized to before they become tiles."},
+    )
     max_rows_per_source: int | None = field(
         default=None, metadata={"help": "Sample so many rows of each source (paper: 500000)."}
     )
@@ -53,13 +68,15 @@ def main():
 
     name, revision = script_args.model_name_or_path, script_args.model_revision
     is_moca = AutoConfig.from_pretrained(name, revision=revision).model_type == "moca"
+    limits = {key: getattr(script_args, key) for key in ("min_pixels", "max_pixels") if getattr(script_args, key)}
+    if script_args.longest_edge is not None:
+        limits["size"] = {"longest_edge": script_args.longest_edge}
     load_processor = MoCaProcessor.from_pretrained if is_moca else MoCaProcessor.from_backbone
     processor = load_processor(
-        name,
-        revision=revision,
-        min_pixels=script_args.min_pixels,
-        max_pixels=script_args.max_pixels,
+        script_args.processor_name_or_path or name,
+        revision=revision if script_args.processor_name_or_path is None else "main",
         max_length=training_args.max_length,
+        **limits,
     )
     load_model = MoCaForPreTraining.from_pretrained if is_moca else MoCaForPreTraining.from_backbone
     model = load_model(

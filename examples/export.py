@@ -1,13 +1,14 @@
 """Export a trained model as one folder that transformers and sentence-transformers load by name.
 
 python examples/export.py --model output/stage2 --output moca-3b --base-model Qwen/Qwen2.5-VL-3B-Instruct
+python examples/export.py --model output/stage2 --output moca-3b-multi-vector --layout multi_vector
 """
 
 import argparse
 import json
 import logging
 
-from hub_cards.export import export
+from hub_cards.export import LAYOUTS, export
 
 
 def main():
@@ -19,6 +20,14 @@ def main():
     parser.add_argument("--base-model", help="Hub id of the backbone, for the card")
     parser.add_argument("--license", help="licence id of the weights, for the card")
     parser.add_argument("--prompts", type=json.loads, help='JSON, for example {"query": "Find: "}')
+    parser.add_argument(
+        "--layout", default="embedding", choices=LAYOUTS, help="one vector an input, or one a token (late interaction)"
+    )
+    parser.add_argument(
+        "--projection-dim",
+        type=int,
+        help="multi_vector: width of the token vectors, by a new map that is to be trained",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
     export(
@@ -28,6 +37,8 @@ def main():
         model_id=args.model_id,
         base_model=args.base_model,
         license=args.license,
+        layout=args.layout,
+        projection_dim=args.projection_dim,
         overwrite=args.overwrite,
     )
 

@@ -6,58 +6,45 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.models import Normalize, Pooling, Transformer
 
 from modeling_moca import MoCaConfig, MoCaModel, MoCaProcessor
 
+from .card import write_card
+from .layouts import embedding_model, multi_vector_model, new_projection, trained_projection
+
 logger = logging.getLogger(__name__)
 
-CARD_TEMPLATE = Path(__file__).parent / "embedding_card.md"
-POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
-POOLING_WORDS = {"mean": "mean of the last hidden states over all tokens", "last": "last token's hidden state"}
+LAYOUTS = ("embedding", "multi_vector")
 # Other versions of these may lack what the folder's code relies on; the range is the one that setup.cfg declares.
 REQUIRED = ("transformers", "sentence-transformers")
 ST_CONFIG = "config_sentence_transformers.json"
 
 
-def export(
-    model_dir,
-    out_dir,
-    *,
-    prompts=None,
-    model_id=None,
-    base_model=None,
-    license=None,
-    language=None,
-    datasets=None,
-    overwrite=False,
-):
+def export(model_dir, out_dir, *, layout="embedding", projection_dim=None, overwrite=False, **settings):
     """Write the embedding model of a training folder as one publishable folder.
 
     It holds the weights without the pre-training heads (safetensors), configuration, processor, tokenizer, the code
-    that loads them, the files of sentence-transformers (Transformer, Pooling, Normalize, prompts, required versions)
-    and a model card.
+    that loads them, the files of sentence-transformers (modules, prompts, required versions) and a model card.
 
     Args:
-        model_dir (`str` or `os.PathLike`): folder with model and processor, as either stage or `save_pretrained` of
-            model and processor writes it.
+        model_dir (`str` or `os.PathLike`): folder with model and processor, as either stage, the training of a
+            `MultiVectorEncoder`, or `save_pretrained` of model and processor writes it.
         out_dir (`str` or `os.PathLike`): new or empty folder.
-        prompts (`dict[str, str]`, *optional*): texts to put before an input's text (after its leading images), by name.
-        model_id (`str`, *optional*): name that the card's snippets load; `out_dir` when omitted.
-        base_model (`str`, *optional*): Hub id of the backbone, for the card.
-        license (`str`, *optional*): licence id of the weights, for the card.
-        language (`str` or `list[str]`, *optional*): language codes, for the card.
-        datasets (`list[str]`, *optional*): Hub ids of training data, for the card.
+        layout (`str`, defaults to `"embedding"`): `"embedding"`, one vector an input, loaded by `SentenceTransformer`;
+            or `"multi_vector"`, one vector a token for late interaction, loaded by `MultiVectorEncoder`. The weights
+            are the same.
+        projection_dim (`int`, *optional*): width of the token vectors of the `"multi_vector"` layout, by a new linear
+            map that is yet to be trained. When omitted, the map that `model_dir` brings, or none.
         overwrite (`bool`, defaults to `False`): replace `out_dir` if it is an earlier export.
+        settings: see [`export_model`].
 
     Returns:
         `pathlib.Path`: `out_dir`.
 
     Raises:
-        ValueError: `model_dir` is no MoCa model or lacks files or weights, or `out_dir` is not empty.
+        ValueError: `model_dir` is no MoCa model or lacks files or weights, `out_dir` is not empty, or settings do not
+            fit the layout.
 
     Example:
 
@@ -67,52 +54,85 @@ def export(
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     _check_model_dir(model_dir)
-    _clear(out_dir, model_dir, overwrite)
+    projection = trained_projection(model_dir) if layout == "multi_vector" else None
+    if projection is not None and projection_dim is not None:
+        raise ValueError(
+            f"{model_dir} brings a trained projection to {projection.out_features} values a token; a new one of "
+            f"projection_dim={projection_dim} would throw it away."
+        )
     model = MoCaModel.from_pretrained(model_dir)
     processor = MoCaProcessor.from_pretrained(model_dir)
+    if projection_dim is not None:
+        projection = new_projection(model.config.hidden_size, projection_dim)
+    _clear(out_dir, model_dir, overwrite)
+    return export_model(model, processor, out_dir, layout=layout, projection=projection, **settings)
+
+
+def export_model(
+    model,
+    processor,
+    out_dir,
+    *,
+    layout="embedding",
+    projection=None,
+    prompts=None,
+    model_id=None,
+    base_model=None,
+    license=None,
+    language=None,
+    datasets=None,
+):
+    """Write a model that is in memory; see [`export`].
+
+    Args:
+        model ([`modeling_moca.MoCaModel`]), processor ([`modeling_moca.MoCaProcessor`]): what to publish.
+        out_dir (`str` or `os.PathLike`): new or empty folder.
+        layout (`str`, defaults to `"embedding"`): `"embedding"` or `"multi_vector"`.
+        projection (`Dense`, *optional*): linear map of token states, for the `"multi_vector"` layout.
+        prompts (`dict[str, str]`, *optional*): texts to put before an input's text (after its leading images), by name.
+        model_id (`str`, *optional*): name that the card's snippets load; `out_dir` when omitted.
+        base_model (`str`, *optional*): Hub id of the backbone, for the card.
+        license (`str`, *optional*): licence id of the weights, for the card.
+        language (`str` or `list[str]`, *optional*): language codes, for the card.
+        datasets (`list[str]`, *optional*): Hub ids of training data, for the card.
+
+    Returns:
+        `pathlib.Path`: `out_dir`.
+
+    Raises:
+        ValueError: `out_dir` is not empty, the layout is unknown, or a projection goes with another layout.
+    """
+    out_dir = Path(out_dir)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {list(LAYOUTS)}, got {layout!r}.")
+    if projection is not None and layout != "multi_vector":
+        raise ValueError(f"A projection of token vectors needs layout='multi_vector', got {layout!r}.")
+    _clear(out_dir, None, overwrite=False)
     model.save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
-
-    # The backbone's image positions need padded rows.
-    transformer = Transformer(str(out_dir), unpad_inputs=False)
-    pooling = Pooling(model.config.hidden_size, pooling_mode=POOLING_MODES[model.config.pooling])
-    modules = [transformer, pooling, Normalize()]
-    published = SentenceTransformer(modules=modules, prompts=prompts, similarity_fn_name="cosine", device="cpu")
+    if layout == "embedding":
+        published = embedding_model(out_dir, model.config, prompts)
+    else:
+        published = multi_vector_model(out_dir, model.config, projection, prompts)
     published.save_pretrained(str(out_dir), create_model_card=False)
     versions = {name: _required_version(name) for name in REQUIRED}
     config = json.loads((out_dir / ST_CONFIG).read_text(encoding="utf-8"))
     (out_dir / ST_CONFIG).write_text(json.dumps({**config, "requirements": versions}, indent=2), encoding="utf-8")
-
-    card_data = ModelCardData(
-        library_name="sentence-transformers",
-        pipeline_tag="feature-extraction",
-        tags=["sentence-transformers", "feature-extraction", "multimodal", "visual-document-retrieval", "moca"],
+    write_card(
+        out_dir,
+        layout,
+        model,
+        processor,
+        versions,
+        model_id=model_id,
+        projection_dim=None if projection is None else projection.out_features,
+        prompts=prompts,
         base_model=base_model,
         license=license,
         language=language,
         datasets=datasets,
     )
-    images = processor.image_processor
-    token_side = images.patch_size * images.merge_size
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(CARD_TEMPLATE),
-        model_name=Path(model_id or out_dir).name,
-        model_id=model_id or str(out_dir),
-        hidden_size=model.config.hidden_size,
-        attention="bidirectional" if model.config.bidirectional else "causal",
-        base=f" (base: {base_model})" if base_model else "",
-        pooling=POOLING_WORDS[model.config.pooling],
-        max_length=processor.max_length,
-        token_size=token_side,
-        min_tokens=max(images.size["shortest_edge"] // token_side**2, 1),
-        max_tokens=images.size["longest_edge"] // token_side**2,
-        transformers=versions["transformers"],
-        sentence_transformers=versions["sentence-transformers"],
-        prompts=prompts,
-    )
-    card.save(out_dir / "README.md")
-    logger.info("Exported %s to %s", model_dir, out_dir)
+    logger.info("Exported %s to %s", layout, out_dir)
     return out_dir
 
 
@@ -129,7 +149,7 @@ def _check_model_dir(model_dir):
     if model_type != MoCaConfig.model_type:
         raise ValueError(
             f"{model_dir} holds a model of type {model_type!r}, allowed is {MoCaConfig.model_type!r}: convert it with "
-            "MoCaModel.from_backbone first."
+            "examples/convert.py or MoCaModel.from_backbone."
         )
 
 

@@ -46,7 +46,7 @@ def run(folder, world_size, scenario):
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=2,
         # Recomputed layers and parameters that a rank does not use are a known bad pair under DDP.
-        activation_checkpointing=scenario == "uneven",
+        gradient_checkpointing=scenario == "uneven",
     )
     assert config.world_size == world_size, f"{config.world_size} ranks run, not {world_size}"
     trainer = CPTTrainer(

@@ -92,9 +92,9 @@ def test_activation_checkpointing_keeps_the_gradients(checkpoint, tmp_path):
     for enabled in (False, True):
         recorder = GradientRecorder()
         model = build(checkpoint)
-        settings = arguments(tmp_path, max_steps=1, activation_checkpointing=enabled, mini_batch_size=4)
+        settings = arguments(tmp_path, max_steps=1, gradient_checkpointing=enabled, mini_batch_size=4)
         ContrastiveTrainer(model, settings, {"mixed": mixed_task()}, callbacks=[recorder]).train()
-        assert model[0].model.backbone.is_activation_checkpointing is enabled
+        assert model[0].model.backbone.is_gradient_checkpointing is enabled
         gradients.append(recorder.steps[0])
     torch.testing.assert_close(gradients[0], gradients[1])
 

@@ -123,7 +123,7 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
     results = []
     for switch in (False, True):
         gradients = Gradients()
-        train(tmp_path, make_rows(4), [gradients], per_device_train_batch_size=4, activation_checkpointing=switch)
+        train(tmp_path, make_rows(4), [gradients], per_device_train_batch_size=4, gradient_checkpointing=switch)
         results.append(gradients.steps[0])
     assert results[0].keys() == results[1].keys()
     for name, gradient in results[0].items():

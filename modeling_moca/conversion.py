@@ -58,8 +58,11 @@ def convert(
     if isinstance(backbone, PreTrainedModel):
         if load_kwargs:
             raise ValueError(f"{sorted(load_kwargs)} only apply when a checkpoint is loaded, but a model was given.")
-        stock, source = backbone, type(backbone).__name__
+        stock, source, attn_implementation = backbone, type(backbone).__name__, None
     else:
+        attn_implementation = load_kwargs.get("attn_implementation")
+        if attn_implementation == "flex_attention":  # ours to set: the stock class may refuse it
+            load_kwargs = {**load_kwargs, "attn_implementation": "sdpa"}
         stock, published_head = _load_stock(backbone, issubclass(model_class, MoCaForPreTraining), load_kwargs)
         source = os.fspath(backbone)
     # A model without vocabulary projection has the layers itself.
@@ -82,7 +85,7 @@ def convert(
         _fill_heads(model, stock, published_head, source)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"conversion left tensors unfilled: {left}"
-    model.set_attn_implementation(stock.config._attn_implementation)
+    model.set_attn_implementation(attn_implementation or stock.config._attn_implementation)
     if mask_token_id is not None and mask_token_id >= config.vocab_size:
         logger.info(
             "Growing the embedding matrix from %d rows to hold mask token %d.", config.vocab_size, mask_token_id

@@ -121,6 +121,20 @@ class MoCaPreTrainedModel(PreTrainedModel):
         refuse_misfit(pretrained_model_name_or_path, cls, info)
         return (model, info) if output_loading_info else model
 
+    def set_attn_implementation(self, attn_implementation, **kwargs):
+        """Choose the attention path, as the stock method does.
+
+        Args:
+            attn_implementation (`str` or `dict`): `"eager"`, `"sdpa"`, `"flash_attention_2"` or `"flex_attention"`. The
+                last is for the language model and the MAE decoder; the vision tower then runs `"sdpa"`, since
+                transformers refuses flex attention for the Qwen-VL classes as a whole.
+            kwargs: see `PreTrainedModel.set_attn_implementation`.
+        """
+        if attn_implementation != "flex_attention":
+            return super().set_attn_implementation(attn_implementation, **kwargs)
+        super().set_attn_implementation("sdpa", **kwargs)
+        getattr(self, "moca", self).language_model.config._attn_implementation = "flex_attention"
+
     @classmethod
     def from_backbone(cls, backbone, **kwargs):
         """Build this model from a stock vision-language model or checkpoint, taking over all of its weights.
@@ -175,7 +189,12 @@ class MoCaModel(MoCaPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        attn_implementation = config.get_text_config()._attn_implementation
+        if attn_implementation == "flex_attention":
+            config.backbone_config._attn_implementation = "sdpa"
         self.backbone = AutoModel.from_config(config.backbone_config)
+        if attn_implementation == "flex_attention":
+            self.language_model.config._attn_implementation = "flex_attention"
         self._no_split_modules = list(self.backbone._no_split_modules or [])
         self.post_init()
 

@@ -7,10 +7,12 @@ its modules are moved. This file stays at home: the copy of a model on the Hub d
 import json
 import logging
 import os
+from contextlib import nullcontext
 
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration_moca import MoCaConfig
@@ -77,8 +79,12 @@ def convert(
         mae_loss_weight=mae_loss_weight,
         dtype=stock.dtype,
     )
-    with torch.device("meta"):  # every tensor is moved in below: none is allocated, none stays random
-        model = model_class(config)
+    if is_deepspeed_zero3_enabled():
+        # DeepSpeed cannot divide tensors without data; it frees what the moved modules take the place of.
+        model = model_class._from_config(config, dtype=stock.dtype)
+    else:
+        with torch.device("meta"):  # every tensor is moved in below: none is allocated, none stays random
+            model = model_class(config)
     body = model.moca if hasattr(model, "mae_head") else model
     body.backbone = inner
     if hasattr(model, "mae_head"):
@@ -132,18 +138,35 @@ def _fill_heads(model, stock, published_head, source):
     model.mlm_head.lm_head = lm_head
     layers = model.moca.language_model.layers
     head = model.mae_head
-    # Copied into the new layer, not a copy of the layer: that one would carry a configuration of its own.
-    head.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype)
-    head.decoder.load_state_dict(layers[len(layers) // 2].state_dict())
-    torch.nn.init.normal_(head.proj.weight, std=0.02)
-    torch.nn.init.zeros_(head.proj.bias)
-    if published_head:
-        renamed = {}
-        for key, tensor in published_head.items():
-            prefix = next(prefix for prefix in PUBLISHED_HEADS if key.startswith(prefix))
-            renamed[PUBLISHED_HEADS[prefix] + key.removeprefix(prefix)] = tensor
-        try:
-            head.load_state_dict(renamed)
-        except RuntimeError as error:
-            raise ValueError(f"The MAE head of {source} does not fit: {error}") from error
-        logger.info("Took over the trained MAE head of %s.", source)
+    if head.proj.weight.is_meta:
+        head.to_empty(device=lm_head.weight.device).to(lm_head.weight.dtype)
+    middle = layers[len(layers) // 2]
+    with _whole([*middle.parameters(), *head.parameters()]):
+        # Copied into the new layer, not a copy of the layer: that one would carry a configuration of its own.
+        head.decoder.load_state_dict(middle.state_dict())
+        torch.nn.init.normal_(head.proj.weight, std=0.02)
+        torch.nn.init.zeros_(head.proj.bias)
+        if published_head:
+            _load_published_head(head, published_head, source)
+
+
+def _load_published_head(head, published_head, source):
+    renamed = {}
+    for key, tensor in published_head.items():
+        prefix = next(prefix for prefix in PUBLISHED_HEADS if key.startswith(prefix))
+        renamed[PUBLISHED_HEADS[prefix] + key.removeprefix(prefix)] = tensor
+    try:
+        head.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise ValueError(f"The MAE head of {source} does not fit: {error}") from error
+    logger.info("Took over the trained MAE head of %s.", source)
+
+
+def _whole(parameters):
+    """Return a context in which parameters are whole and may be changed: under ZeRO-3 a rank holds a part of each."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    # What the first rank writes counts for all.
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)

@@ -130,10 +130,14 @@ class MoCaPreTrainedModel(PreTrainedModel):
                 transformers refuses flex attention for the Qwen-VL classes as a whole.
             kwargs: see `PreTrainedModel.set_attn_implementation`.
         """
-        if attn_implementation != "flex_attention":
-            return super().set_attn_implementation(attn_implementation, **kwargs)
-        super().set_attn_implementation("sdpa", **kwargs)
-        getattr(self, "moca", self).language_model.config._attn_implementation = "flex_attention"
+        flex = attn_implementation == "flex_attention"
+        super().set_attn_implementation("sdpa" if flex else attn_implementation, **kwargs)
+        moca = getattr(self, "moca", self)
+        if isinstance(attn_implementation, str):
+            # Older versions of transformers reach configurations one level down, and the language model's is two.
+            moca.backbone.set_attn_implementation("sdpa" if flex else attn_implementation, **kwargs)
+        if flex:
+            moca.language_model.config._attn_implementation = "flex_attention"
 
     @classmethod
     def from_backbone(cls, backbone, **kwargs):

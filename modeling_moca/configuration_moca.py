@@ -1,7 +1,38 @@
 """Configuration of MoCa models: a stock vision-language backbone plus what bidirectional pre-training adds."""
 
+import re
+
+import torch
+import transformers
 from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+
+# What this code was tested with; the same ranges as the package declares.
+REQUIRED_VERSIONS = {"torch": ">=2.13,<3", "transformers": ">=5.18,<6"}
+
+
+def check_versions():
+    """Refuse versions of torch and transformers that this code was not tested with.
+
+    It runs when this file is imported, which every way of loading a model does first: another version could load
+    weights or read the attention flag differently without a word.
+
+    Raises:
+        ImportError: names what is needed and what is installed.
+    """
+    for module in (torch, transformers):
+        needed = REQUIRED_VERSIONS[module.__name__]
+        least, below = (_release(bound) for bound in needed.split(","))
+        if not least <= _release(module.__version__) < below:
+            raise ImportError(f"This MoCa model needs {module.__name__} {needed}; {module.__version__} is installed.")
+
+
+def _release(version):
+    """Return the numbers of a version: (5, 23) for ">=5.23" and "5.23.dev0"."""
+    return tuple(map(int, re.search(r"\d+(\.\d+)*", version)[0].split(".")))
+
+
+check_versions()
 
 POOLING_MODES = ("mean", "last")
 

@@ -38,6 +38,9 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         task_alpha (`float`, *optional*, defaults to `1.0`):
             Exponent of the mixture of tasks: 1 uses every row once an epoch, less draws fewer from large tasks, 0
             equally many from each.
+        task_batches (`bool`, *optional*, defaults to `True`):
+            Every global batch comes from one task, whose rows make harder negatives (paper). `False`: rows of all tasks
+            are shuffled together (what the authors' released code comes to: it groups rows by task, and then shuffles).
         max_length (`int`, *optional*):
             Most tokens of an input, image tokens included; the processor's own limit when not set.
 
@@ -79,6 +82,10 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
     task_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}
     )
+    task_batches: bool = field(
+        default=True,
+        metadata={"help": "A global batch is of one task (paper), or of rows of all tasks (released code)."},
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of an input; the processor's own limit when not set."}
     )
@@ -89,6 +96,17 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
             raise ValueError(f"temperature must be positive, got {self.temperature} (ContrastiveConfig).")
         if not 0 <= self.task_alpha <= 1:
             raise ValueError(f"task_alpha must lie in [0, 1], got {self.task_alpha} (ContrastiveConfig).")
+        if not self.task_batches and self.task_alpha != 1:
+            raise ValueError(
+                f"task_alpha={self.task_alpha} shapes a mixture of batches of single tasks: it needs task_batches=True "
+                "(ContrastiveConfig)."
+            )
+        by_task = isinstance(self.prompts, dict) and any(isinstance(value, dict) for value in self.prompts.values())
+        if not self.task_batches and by_task:
+            raise ValueError(
+                f"prompts by task need task_batches=True, got {self.prompts}: in a mixed batch a column has one prompt "
+                "(ContrastiveConfig)."
+            )
         if self.mini_batch_size is not None and self.mini_batch_size < 1:
             raise ValueError(f"mini_batch_size must be at least 1, got {self.mini_batch_size} (ContrastiveConfig).")
         if (

@@ -25,6 +25,8 @@ from .contrastive_sampler import TaskBatchSampler
 
 logger = logging.getLogger(__name__)
 
+# What a batch of several tasks is called.
+_MIXED = "all_tasks"
 _POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
 
 
@@ -120,6 +122,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             raise ValueError(f"One process drives one device, got {args.n_gpu}: start with `accelerate launch`.")
         train_dataset = _by_task(train_dataset, "train")
         eval_dataset = _by_task(eval_dataset, "eval")
+        if train_dataset is not None and not args.task_batches:
+            train_dataset = _with_equal_columns(train_dataset)
         self.train_sampler: TaskBatchSampler | None = None
         super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
         if self.accelerator.split_batches or self.accelerator.dispatch_batches:
@@ -128,7 +132,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
                 f"would mix tasks; got split_batches={self.accelerator.split_batches}, "
                 f"dispatch_batches={self.accelerator.dispatch_batches}."
             )
-        self._tasks = list(train_dataset or {})
+        self._tasks = list(train_dataset or {}) if args.task_batches else [_MIXED]
         self._reset_task_totals()
         if self.args.world_size > 1:
             _keep_vision_tower_in_use(model[0].model)
@@ -155,15 +159,16 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             order_columns(dataset.column_names, dataset_name or "train")
 
     def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
-        """Always for several tasks: losses are logged by task."""
-        return isinstance(dataset, DatasetDict)
+        """Always for several tasks, since losses are logged by task; a mixed batch is of none."""
+        return isinstance(dataset, DatasetDict) and self.args.task_batches
 
     def get_multi_dataset_batch_sampler(
         self, dataset: ConcatDataset, batch_samplers: list[Any], generator: Any = None, seed: int | None = 0
     ) -> TaskBatchSampler:
-        """Training batches: every global batch of one task."""
+        """Training batches: every global batch of one task, or of all tasks together."""
+        sizes = {task: len(rows) for task, rows in zip(self.train_dataset, dataset.datasets)}
         self.train_sampler = TaskBatchSampler(
-            {task: len(rows) for task, rows in zip(self.train_dataset, dataset.datasets)},
+            sizes if self.args.task_batches else {_MIXED: sum(sizes.values())},
             batch_size=self.args.train_batch_size,
             world_size=self.args.world_size,
             seed=seed or 0,
@@ -207,7 +212,7 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of this rank's rows, remembered by task for the logs."""
-        task = inputs.get("dataset_name")
+        task = inputs.get("dataset_name", _MIXED)
         num_rows = inputs["query_input_ids"].shape[0]
         outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and task in self._tasks:
@@ -276,6 +281,17 @@ def _by_task(dataset: Any, name: str) -> dict[str, Dataset] | None:
             )
         by_task[task] = rows.select_columns(order_columns(rows.column_names, task))
     return by_task
+
+
+def _with_equal_columns(tasks: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Give every task the hard negatives that any of them has, as missing ones: rows of a batch share their columns."""
+    columns = order_columns(sorted({name for rows in tasks.values() for name in rows.column_names}), "all tasks")
+    for task, rows in tasks.items():
+        for column in columns:
+            if column not in rows.column_names:
+                rows = rows.add_column(column, [None] * len(rows))
+        tasks[task] = rows.select_columns(columns)
+    return tasks
 
 
 def _keep_vision_tower_in_use(model: nn.Module) -> None:

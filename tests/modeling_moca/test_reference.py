@@ -11,14 +11,108 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser
 
+from examples import train_contrastive, train_cpt
 from modeling_moca import MoCaForPreTraining, MoCaModel
+from tests.conftest import REPOSITORY
+from tests.modeling_moca.attention_paths import why_not
+from trainers.contrastive_config import ContrastiveConfig
+from trainers.contrastive_loss import info_nce
+from trainers.cpt_config import CPTConfig
+from trainers.masking import mask_patches, row_generator
 
+CONFIGS = REPOSITORY / "examples" / "configs"
 REFERENCE = Path(os.environ.get("MOCA_REFERENCE", Path(__file__).resolve().parents[3] / "shared" / "reference"))
-pytestmark = pytest.mark.skipif(
+recorded_case = pytest.mark.skipif(
     not (REFERENCE / "manifest.json").is_file(),
     reason="the authors' recorded case is not there (set MOCA_REFERENCE to its folder)",
 )
+# Where paper and released code differ, and what each has. The setting files must say the same.
+CPT_CHOICES = {
+    "shift_labels": (True, False),
+    "mae_loss_weight": (0.5, 0.1),
+    "patch_noise": ("per_patch", "shared"),
+    "max_length": (2048, 1280),
+}
+CONTRASTIVE_CHOICES = {"learning_rate": (1e-5, 2e-5), "all_negatives": (True, False), "task_batches": (True, False)}
+
+
+def cpt_settings(name):
+    """Return the settings of a shipped file, read as the script reads them."""
+    parser = TrlParser((train_cpt.ScriptArguments, DatasetMixtureConfig, CPTConfig))
+    return parser.parse_args_and_config(["--config", str(CONFIGS / name), "--use_cpu", "true", "--bf16", "false"])[2]
+
+
+def contrastive_settings(name):
+    parser = TrlParser((train_contrastive.ScriptArguments, ModelConfig, ContrastiveConfig))
+    return parser.parse_args_and_config(["--config", str(CONFIGS / name), "--use_cpu", "true", "--bf16", "false"])[2]
+
+
+def test_settings_files_hold_the_choices_of_paper_and_released_code():
+    for choices, read, names in [
+        (CPT_CHOICES, cpt_settings, ("cpt_qwen2_5_vl_3b.yaml", "cpt_reference_3b.yaml")),
+        (CONTRASTIVE_CHOICES, contrastive_settings, ("contrastive_moca_3b.yaml", "contrastive_reference_3b.yaml")),
+    ]:
+        paper, reference = map(read, names)
+        for key, values in choices.items():
+            assert (getattr(paper, key), getattr(reference, key)) == values, key
+        different = {
+            key
+            for key, value in paper.to_dict().items()
+            if value != reference.to_dict()[key] and key not in ("output_dir", "logging_dir", "run_name")
+        }
+        assert different == set(choices), "a difference that the table does not name"
+
+
+@recorded_case
+def test_noise_of_the_recorded_case_is_what_the_setting_makes(inputs, masked):
+    noise = cpt_settings("cpt_reference_3b.yaml").patch_noise
+    chosen = (masked["pixel_values"] != inputs["pixel_values"]).any(-1)  # [544]
+    image_tokens = inputs["input_ids"] == 1000
+    ours, patch_mask, labels = mask_patches(
+        inputs["pixel_values"],
+        image_tokens=image_tokens,
+        num_patches_per_token=4,
+        ratio=0.5,
+        generators=[row_generator(0, 0, bytes([row])) for row in range(6)],
+        noise=noise,
+    )
+    our_chosen = patch_mask[image_tokens].repeat_interleave(4)
+    for pixel_values, hidden in [(masked["pixel_values"], chosen), (ours, our_chosen)]:
+        assert hidden.sum() > 100
+        assert (pixel_values[hidden] == pixel_values[hidden][0]).all(), "one vector in all hidden patches"
+        assert torch.equal(pixel_values[~hidden], inputs["pixel_values"][~hidden])
+    assert torch.equal(labels.flatten(0, 1), inputs["pixel_values"][our_chosen])
+    # The targets of the recorded case, found again from its own mask.
+    assert torch.equal(
+        masked["patch_labels"], inputs["pixel_values"][masked["patch_mask"][image_tokens].repeat_interleave(4)]
+    )
+
+
+def test_contrastive_loss_of_the_released_code():
+    """Own hard negatives only, every positive of the global batch, over two ranks of four rows; written out."""
+    settings = contrastive_settings("contrastive_reference_3b.yaml")
+    query, positive = torch.randn(8, 6).double(), torch.randn(8, 6).double()
+    negatives = torch.randn(8, 2, 6).double()
+    losses = []
+    for row in range(8):
+        candidates = [*positive, *negatives[row]]
+        scores = [torch.cosine_similarity(query[row], other, dim=0) / settings.temperature for other in candidates]
+        losses.append(torch.stack(scores).logsumexp(0) - scores[row])
+    ranks = [
+        info_nce(
+            query,
+            positive,
+            negatives,
+            temperature=settings.temperature,
+            all_negatives=settings.all_negatives,
+            rows=rows,
+        )
+        for rows in ((0, 4), (4, 8))
+    ]
+    torch.testing.assert_close(ranks[0], sum(losses[:4]) / 4)
+    torch.testing.assert_close(ranks[1], sum(losses[4:]) / 4)
 
 
 def tensors(name):
@@ -58,19 +152,25 @@ def masked(inputs):
     }
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@recorded_case
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("weight", [0.1, 0.5])
 def test_pretraining_case(masked, weight, attn_implementation, tmp_path):
+    if reason := why_not(attn_implementation, "cpu", torch.float32):
+        pytest.skip(reason)
     manifest = json.loads((REFERENCE / "manifest.json").read_text())
+    settings = cpt_settings("cpt_reference_3b.yaml")
+    assert settings.mae_loss_weight == 0.1
     model = MoCaForPreTraining.from_backbone(
         REFERENCE / "cpt_ckpt",
         mask_token_id=manifest["special_ids"]["mask"],
-        shift_labels=False,
-        mae_loss_weight=weight,
+        shift_labels=settings.shift_labels,
+        mae_loss_weight=settings.mae_loss_weight if weight == 0.1 else weight,
     )
     model.save_pretrained(tmp_path)
     model = MoCaForPreTraining.from_pretrained(tmp_path, attn_implementation=attn_implementation)
-    outputs = model(**masked)
+    with torch.set_grad_enabled(attn_implementation != "flex_attention"):  # it has no backward pass on CPU
+        outputs = model(**masked)
     for name, expected in manifest["scalars"][f"mix_w{weight}"].items():
         assert outputs[name].item() == pytest.approx(expected, rel=2e-6), name
 
@@ -85,7 +185,7 @@ def test_pretraining_case(masked, weight, attn_implementation, tmp_path):
     ]:
         torch.testing.assert_close(ours, name, atol=1e-5, rtol=0)
 
-    if weight == 0.1:
+    if weight == 0.1 and outputs.loss.requires_grad:
         outputs.loss.backward()
         parameters = dict(model.named_parameters())
         for name, norm in manifest["grad_norms_w0.1"].items():
@@ -95,6 +195,7 @@ def test_pretraining_case(masked, weight, attn_implementation, tmp_path):
             assert error < 1e-5, name
 
 
+@recorded_case
 @pytest.mark.parametrize(
     ("bidirectional", "pooling", "name"), [(True, "mean", "mean_pooled"), (False, "last", "lasttok_causal")]
 )

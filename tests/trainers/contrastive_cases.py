@@ -20,6 +20,14 @@ WORDS = ("sea", "sky", "page", "picture", "tide", "harbour", "night", "lamp", "b
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown", "pink", "gray", "cyan", "orange")
 
 
+# The last one: how the authors' released code puts its batches together, and which negatives it counts.
+SCENARIOS = {
+    "plain": {"symmetric": True},
+    "cached": {"symmetric": True, "mini_batch_size": 2},
+    "reference": {"all_negatives": False, "task_batches": False},
+}
+
+
 def save_checkpoint(folder):
     """Write what stage 1 leaves: a tiny pre-training model, heads included, and its processor."""
     MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(folder)
@@ -102,11 +110,11 @@ class RecordingTrainer(ContrastiveTrainer):
     """Remember which task each step's batch is of."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        self.tasks_seen = [*getattr(self, "tasks_seen", []), inputs["dataset_name"]]
+        self.tasks_seen = [*getattr(self, "tasks_seen", []), inputs.get("dataset_name")]
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_size=None):
+def run(model_folder, output_folder, global_batch_size, world_size, **settings):
     """Train one epoch in float64.
 
     Returns:
@@ -120,11 +128,9 @@ def run(model_folder, output_folder, global_batch_size, world_size, mini_batch_s
             output_folder,
             per_device_train_batch_size=global_batch_size // world_size,
             per_device_eval_batch_size=global_batch_size // world_size,
-            mini_batch_size=mini_batch_size,
             max_grad_norm=0.0,
             optim="sgd",
-            learning_rate=0.05,
-            symmetric=True,
+            **{"learning_rate": 0.05, **settings},
         ),
         {"texts": texts_task(16), "mixed": mixed_task(16)},
         callbacks=[recorder],
@@ -159,8 +165,8 @@ def resume(model_folder, output_folder):
 
 def main():
     model_folder, output_folder = sys.argv[1], Path(sys.argv[2])
-    for name, mini_batch_size in (("plain", None), ("cached", 2)):
-        history, gradients, tasks, evaluation = run(model_folder, output_folder, 8, 2, mini_batch_size)
+    for name, settings in SCENARIOS.items():
+        history, gradients, tasks, evaluation = run(model_folder, output_folder, 8, 2, **settings)
         rank = torch.distributed.get_rank()
         record = {"history": history, "tasks": tasks, "evaluation": evaluation}
         (output_folder / f"{name}-{rank}.json").write_text(json.dumps(record))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.trainers.contrastive_cases import run, save_checkpoint
+from tests.trainers.contrastive_cases import SCENARIOS, run, save_checkpoint
 
 # distributed_type MULTI_CPU, or --cpu, would silently start one process.
 ACCELERATE = """
@@ -41,17 +41,17 @@ def two_ranks(tmp_path_factory):
     return model_folder, folder
 
 
-@pytest.mark.parametrize(("name", "mini_batch_size"), [("plain", None), ("cached", 2)])
-def test_two_ranks_equal_one_process(two_ranks, tmp_path, name, mini_batch_size):
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_equal_one_process(two_ranks, tmp_path, name):
     model_folder, folder = two_ranks
-    history, gradients, tasks, evaluation = run(model_folder, tmp_path, 8, 1, mini_batch_size)
+    history, gradients, tasks, evaluation = run(model_folder, tmp_path, 8, 1, **SCENARIOS[name])
     records = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
     losses = [entry["loss"] for entry in history]
     assert [entry["loss"] for entry in records[0]["history"]] == pytest.approx(losses, abs=2e-4)  # rounded by Trainer
     assert records[0]["evaluation"] == pytest.approx(evaluation, abs=1e-6)
     # Every global batch is of one task, both tasks occur, and the ranks agree.
     assert records[0]["tasks"] == records[1]["tasks"] == tasks
-    assert len(tasks) == 4 and set(tasks) == {"texts", "mixed"}
+    assert len(tasks) == 4 and set(tasks) == ({None} if name == "reference" else {"texts", "mixed"})
     for rank in range(2):
         theirs = torch.load(folder / f"{name}-{rank}.pt")
         assert len(theirs) == len(gradients) == 4
@@ -62,6 +62,7 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path, name, mini_batch_size)
                 torch.testing.assert_close(other[parameter], gradient, atol=1e-9 * largest.item(), rtol=1e-8)
     # Each step logs the loss of its task beside the mean, and of no other.
     for task, entry in zip(tasks, records[0]["history"]):
+        task = task or "all_tasks"
         assert [key for key in entry if key.startswith("loss_")] == [f"loss_{task}"]
         assert entry[f"loss_{task}"] == pytest.approx(entry["loss"], abs=2e-4)
         assert entry["rows_per_second"] > 0

@@ -174,6 +174,27 @@ def test_evaluation_reports_each_task(checkpoint, tmp_path):
     assert metrics["eval_texts_loss"] == pytest.approx(sum(losses) / 3, abs=1e-4)
 
 
+def test_mixed_batches_hold_rows_of_all_tasks_and_their_own_negatives(checkpoint, tmp_path):
+    data = {"texts": texts_task(16), "mixed": mixed_task(16)}  # two hard negatives, and one
+    _, trainer = train(checkpoint, tmp_path, data, task_batches=False, all_negatives=False)
+    loader = trainer.get_train_dataloader()
+    batches = list(trainer.train_sampler)
+    assert sorted(row for batch in batches for row in batch) == list(range(32))
+    assert all(min(batch) < 16 <= max(batch) for batch in batches), "a batch of one task"
+    for rows, batch in zip(batches, loader):
+        assert batch["label"].shape == (8, 2)
+        for row, exists in zip(rows, batch["label"].tolist()):
+            source = data["texts"][row] if row < 16 else data["mixed"][row - 16]
+            for number, there in enumerate(exists, start=1):
+                negative = source.get(f"negative_{number}")
+                is_text = isinstance(negative, str)
+                given = negative is not None and not (is_text and not negative.strip())
+                assert there == (given and negative != source["positive"])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all("loss_all_tasks" in entry for entry in logged)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -194,6 +215,8 @@ def test_data_is_checked(checkpoint, tmp_path, data, message):
         ({"task_alpha": 2.0}, r"task_alpha must lie in \[0, 1\], got 2.0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
         ({"batch_sampler": "no_duplicates"}, "leave batch_sampler"),
+        ({"task_batches": False, "task_alpha": 0.5}, "task_alpha=0.5 .* needs task_batches=True"),
+        ({"task_batches": False, "prompts": {"texts": {"query": "a"}}}, "prompts by task need task_batches=True"),
     ],
 )
 def test_settings_are_checked(tmp_path, settings, message):

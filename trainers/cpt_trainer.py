@@ -1,9 +1,11 @@
 """Trainer of continual pre-training: the stock loop, with a loss that is an exact mean over the global step."""
 
+import os
 import time
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from .cpt_collator import BAD_ROW_REASONS, CPTCollator
 from .cpt_config import CPTConfig
@@ -140,6 +142,14 @@ class CPTTrainer(Trainer):
             inputs["patch_mask"][num_own:] = False
             inputs["patch_labels"] = inputs["patch_labels"][: int(inputs["patch_mask"].sum())]
         return inputs
+
+    def _save(self, output_dir=None, state_dict=None):
+        output_dir = self.args.output_dir if output_dir is None else output_dir
+        super()._save(output_dir, state_dict)
+        # As JSON, not as the usual pickle: the folder is meant to be given away.
+        os.remove(os.path.join(output_dir, TRAINING_ARGS_NAME))
+        with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
+            file.write(self.args.to_json_string())
 
     def train(self, *args, **kwargs):
         """Train; see [`~transformers.Trainer.train`]."""

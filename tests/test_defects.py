@@ -139,6 +139,7 @@ def test_d10_a_literal_pad_token_does_no_harm(text):
     alone, together = collator([row]), collator([row, other])
     length = int(alone["attention_mask"].sum())
     assert processor.tokenizer.decode(alone["input_ids"][0]) == text
+    assert not torch.isin(alone["input_ids"], torch.tensor(processor.tokenizer.all_special_ids)).any()
     assert torch.equal(together["input_ids"][0, :length], alone["input_ids"][0])
     assert together["attention_mask"][0].tolist() == [1] * length + [0] * (together["attention_mask"].shape[1] - length)
     model = make_model().moca

@@ -1,10 +1,13 @@
 # make demo, make test, make lint: each sets up .venv first, once. Python 3.11 or newer and make are enough.
+# make test-min: the tests with the oldest versions that setup.cfg allows, in .venv-min.
 PYTHON ?= python3
 VENV ?= .venv
 STAMP := $(VENV)/.installed
+VENV_MIN ?= .venv-min
+STAMP_MIN := $(VENV_MIN)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-min lint format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -18,6 +21,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
+$(STAMP_MIN): setup.cfg pyproject.toml constraints-min.txt
+	$(PYTHON) -m venv $(VENV_MIN)
+	$(VENV_MIN)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-min.txt --editable ".[dev]"
+	touch $@
+
+test-min: $(STAMP_MIN)
+	OMP_NUM_THREADS=1 $(VENV_MIN)/bin/python -m pytest -n 2 --dist loadfile
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,4 +38,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV_MIN) build *.egg-info .pytest_cache .ruff_cache

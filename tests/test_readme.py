@@ -21,15 +21,18 @@ def published(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     MoCaModel.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(folder / "model")
     tiny_processor().save_pretrained(folder / "model")
-    return export(folder / "model", folder / "published")
+    multi_vector = export(folder / "model", folder / "multi_vector", layout="multi_vector")
+    return {"org/moca-3b-multi-vector": multi_vector, "org/moca-3b": export(folder / "model", folder / "published")}
 
 
 def test_python_blocks_run(published, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         assert "org/moca-3b" in block
-        code = block.replace("org/moca-3b", str(published))
+        code = block
+        for name, folder in published.items():
+            code = code.replace(name, str(folder))
         environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
         # Elsewhere, so that the folder's own code is what runs.
         run = subprocess.run(
@@ -49,7 +52,7 @@ def test_stock_checkpoint_block_runs(tmp_path):
 
 
 def test_commands_and_files_exist():
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
     for path in re.findall(r"examples/[\w/.]+\.(?:py|yaml)", README):
         assert (ROOT / path).is_file(), path

@@ -48,7 +48,9 @@ def main():
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     if args.longest_edge is not None:
         limits["size"] = {"longest_edge": args.longest_edge}
-    processor = MoCaProcessor.from_backbone(args.processor_name or args.model, max_length=args.max_length, **limits)
+    processor = MoCaProcessor.from_backbone(
+        args.model, processor_name=args.processor_name, max_length=args.max_length, **limits
+    )
     model_class = MoCaForPreTraining if args.for_training else MoCaModel
     model = model_class.from_backbone(
         args.model, bidirectional=not args.causal, mask_token_id=processor.mask_token_id, dtype=args.dtype

@@ -38,7 +38,7 @@ class ScriptArguments:
         },
     )
     attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2 or eager."})
-    processor_name_or_path: str | None = field(
+    processor_name: str | None = field(
         default=None,
         metadata={
             "help": "Where tokenizer and image processor come from, for a checkpoint that brings none (the published "
@@ -71,13 +71,14 @@ def main():
     limits = {key: getattr(script_args, key) for key in ("min_pixels", "max_pixels") if getattr(script_args, key)}
     if script_args.longest_edge is not None:
         limits["size"] = {"longest_edge": script_args.longest_edge}
+    if script_args.processor_name is not None:
+        if is_moca:
+            raise ValueError(
+                f"{name} brings its own processor: leave processor_name unset, got {script_args.processor_name}."
+            )
+        limits["processor_name"] = script_args.processor_name
     load_processor = MoCaProcessor.from_pretrained if is_moca else MoCaProcessor.from_backbone
-    processor = load_processor(
-        script_args.processor_name_or_path or name,
-        revision=revision if script_args.processor_name_or_path is None else "main",
-        max_length=training_args.max_length,
-        **limits,
-    )
+    processor = load_processor(name, revision=revision, max_length=training_args.max_length, **limits)
     load_model = MoCaForPreTraining.from_pretrained if is_moca else MoCaForPreTraining.from_backbone
     model = load_model(
         name,

@@ -113,32 +113,46 @@ class MoCaProcessor(ProcessorMixin):
 
     @classmethod
     def from_backbone(
-        cls, backbone, *, mask_token="<|mask|>", min_pixels=None, max_pixels=None, size=None, max_length=2048, **kwargs
+        cls,
+        backbone,
+        *,
+        processor_name=None,
+        mask_token="<|mask|>",
+        min_pixels=None,
+        max_pixels=None,
+        size=None,
+        max_length=2048,
+        **kwargs,
     ):
         """Build the processor of a stock vision-language checkpoint, and give its tokenizer a mask token.
 
         Args:
-            backbone (`str` or `os.PathLike`): Hub id or folder with configuration, tokenizer and image processor files.
+            backbone (`str` or `os.PathLike`): Hub id or folder of the model; its configuration gives the patch layout.
+            processor_name (`str` or `os.PathLike`, *optional*): Hub id or folder of tokenizer and image processor, for
+                a model that brings none; `backbone` when omitted.
             mask_token (`str`, defaults to `"<|mask|>"`): added if the tokenizer has no mask token.
             min_pixels, max_pixels (`int`, *optional*): area that images are resized into; 256 and 1024 image tokens
                 when omitted (paper). Only for backbones that take rows of patches (Qwen-VL).
             size (`dict`, *optional*): `{"longest_edge": pixels}` that images are resized to before they are cut into
                 tiles; the checkpoint's own when omitted. Only for backbones that take tiles (Idefics3, SmolVLM).
             max_length (`int`, defaults to 2048): most tokens of a row.
-            kwargs: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
+            kwargs: `token`, `cache_dir`, ... of `from_pretrained`, and `revision` of the model.
 
         Raises:
-            ValueError: the folder has no tokenizer or image processor, the tokenizer lacks the image tokens, patches
-                are not of the model's size, or a limit belongs to the other layout.
+            ValueError: there is no tokenizer or image processor, the tokenizer lacks the image tokens, patches are not
+                of the model's size, or a limit belongs to the other layout.
         """
         config = MoCaConfig.of_backbone(backbone, **kwargs)
+        source = backbone if processor_name is None else processor_name
+        if processor_name is not None:
+            kwargs.pop("revision", None)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(backbone, **kwargs)
-            image_processor = AutoImageProcessor.from_pretrained(backbone, backend="pil", **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
+            image_processor = AutoImageProcessor.from_pretrained(source, backend="pil", **kwargs)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{os.fspath(backbone)} brings no tokenizer or image processor of its own ({error}). Give the "
-                "checkpoint it was made from: for the published MoCa-Qwen25VL-3B that is Qwen/Qwen2.5-VL-3B-Instruct."
+                f"{os.fspath(source)} brings no tokenizer or image processor of its own ({error}). Give "
+                "processor_name: for the published MoCa-Qwen25VL-3B that is Qwen/Qwen2.5-VL-3B-Instruct, which it was made from."
             ) from error
         if tokenizer.mask_token is None:
             tokenizer.add_special_tokens({"mask_token": mask_token})
@@ -147,12 +161,6 @@ class MoCaProcessor(ProcessorMixin):
             if size is not None:
                 raise ValueError(
                     f"size belongs to backbones that take tiles; give min_pixels and max_pixels, got {size}."
-                )
-            sizes = (image_processor.patch_size, image_processor.merge_size)
-            if sizes != (config.patch_size, config.merge_size):
-                raise ValueError(
-                    f"The image processor of {os.fspath(backbone)} has patch_size and merge_size {sizes}, the model "
-                    f"{(config.patch_size, config.merge_size)}."
                 )
             token_area = (config.patch_size * config.merge_size) ** 2
             image_processor.size = {
@@ -166,13 +174,11 @@ class MoCaProcessor(ProcessorMixin):
                     f"size={{'longest_edge': ...}}, got {min_pixels} and {max_pixels}."
                 )
             image_processor.size = size or image_processor.size
-        return cls(
-            image_processor,
-            tokenizer,
-            max_length=max_length,
-            patch_size=config.patch_size,
-            merge_size=config.merge_size,
-        )
+        sizes = {"patch_size": config.patch_size, "merge_size": config.merge_size}
+        other = {name: getattr(image_processor, name, size) for name, size in sizes.items()}
+        if other != sizes:
+            raise ValueError(f"The image processor of {os.fspath(source)} has patches of {other}, the model {sizes}.")
+        return cls(image_processor, tokenizer, max_length=max_length, **sizes)
 
     @property
     def image_token_id(self):

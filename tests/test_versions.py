@@ -44,7 +44,13 @@ def test_pins_are_the_ends_of_the_ranges():
 
 @pytest.mark.parametrize(
     ("module", "version"),
-    [(transformers, "5.17.9"), (transformers, "4.57.6"), (transformers, "6.0.0.dev0"), (torch, "1.13.1"), (torch, "3.0")],
+    [
+        (transformers, "5.17.9"),
+        (transformers, "4.57.6"),
+        (transformers, "6.0.0.dev0"),
+        (torch, "1.13.1"),
+        (torch, "3.0"),
+    ],
 )
 def test_other_versions_are_refused_in_one_sentence(module, version, monkeypatch):
     monkeypatch.setattr(module, "__version__", version)

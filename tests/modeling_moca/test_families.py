@@ -235,7 +235,9 @@ def test_processor_of_another_patch_size_is_refused(tmp_path):
     family_backbone("qwen3_vl").save_pretrained(tmp_path)
     family_tokenizer("qwen3_vl").save_pretrained(tmp_path)
     family_image_processor("qwen2_5_vl").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has patch_size and merge_size \(14, 2\), the model \(16, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"patches of {'patch_size': 14, 'merge_size': 2}, the model {'patch_size': 16"
+    ):
         MoCaProcessor.from_backbone(tmp_path)
     with pytest.raises(ValueError, match="cuts tiles .* give patch_size and merge_size, got None and None"):
         MoCaProcessor(family_image_processor("smolvlm"), family_tokenizer("smolvlm"))

@@ -1,6 +1,7 @@
 """examples/train_cpt.py from YAML to a folder that loads; and the loading of its data."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_a_trained_folder_is_a_start_of_its_own(folder, monkeypatch):
     # Nothing is learned at rate 0, so a MAE head that is initialised anew would show.
     first, second = (MoCaForPreTraining.from_pretrained(name).state_dict() for name in ("first", "second"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(ValueError, match="first brings its own processor: leave processor_name unset, got backbone"):
+        main(monkeypatch, "--config", "cpt.yaml", "--model_name_or_path", "first", "--processor_name", "backbone")
+
+
+def test_a_checkpoint_without_a_processor_takes_another_ones(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "bare").mkdir()
+    for file in (folder / "backbone").iterdir():
+        if file.name in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder / "bare")
+    arguments = ["--config", "cpt.yaml", "--max_steps", "1", "--model_name_or_path", "bare", "--output_dir", "third"]
+    with pytest.raises(ValueError, match="bare brings no tokenizer or image processor of its own"):
+        main(monkeypatch, *arguments)
+    main(monkeypatch, *arguments, "--processor_name", "backbone")
+    assert AutoProcessor.from_pretrained("third").mask_token_id is not None
 
 
 def test_script_refuses_what_it_does_not_know(folder, monkeypatch):

@@ -152,7 +152,7 @@ class MoCaProcessor(ProcessorMixin):
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(source)} brings no tokenizer or image processor of its own ({error}). Give "
-                "processor_name: Qwen/Qwen2.5-VL-3B-Instruct for the published MoCa-Qwen25VL-3B, which was made from it."
+                "processor_name, Qwen/Qwen2.5-VL-3B-Instruct for the published MoCa-Qwen25VL-3B."
             ) from error
         if tokenizer.mask_token is None:
             tokenizer.add_special_tokens({"mask_token": mask_token})

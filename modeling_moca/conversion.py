@@ -15,8 +15,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .base_moca import refuse_misfit
 from .configuration_moca import MoCaConfig
-from .modeling_moca import MoCaForPreTraining, refuse_misfit
+from .modeling_moca import MoCaForPreTraining
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
 # What this code was tested with; the same ranges as the package declares.
-REQUIRED_VERSIONS = {"torch": ">=2.13,<3", "transformers": ">=5.18,<6"}
+REQUIRED_VERSIONS = {"torch": ">=2.6,<3", "transformers": ">=5.18,<6"}
 
 
 def check_versions():

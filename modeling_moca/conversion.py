@@ -108,26 +108,37 @@ def _load_stock(name, needs_lm_head, load_kwargs):
     stock, info = AutoModelForImageTextToText.from_pretrained(
         name, output_loading_info=True, ignore_mismatched_sizes=True, **load_kwargs
     )
-    head_keys = {key for key in info["unexpected_keys"] if key.startswith(tuple(PUBLISHED_HEADS))}
     optional = tuple(PUBLISHED_HEADS) if needs_lm_head else (*PUBLISHED_HEADS, "lm_head.")
     refuse_misfit(name, type(stock), info, optional)
-    if not (head_keys and needs_lm_head):
+    if not needs_lm_head:
         return stock, {}
-    return stock, _read_tensors(name, head_keys, hub_kwargs)
+    # The files are asked as well: under ZeRO-3 the loading report names no unexpected tensor.
+    shards = _shards(name, hub_kwargs)
+    head_keys = {key for key in (*info["unexpected_keys"], *shards) if key.startswith(tuple(PUBLISHED_HEADS))}
+    if not head_keys <= shards.keys():
+        raise ValueError(f"The MAE head of {name} is read from safetensors files only, and there are none.")
+    return stock, _read_tensors(name, {key: shards[key] for key in head_keys}, hub_kwargs)
 
 
-def _read_tensors(name, keys, hub_kwargs):
-    """Read some tensors of a safetensors checkpoint, one shard or many, without loading the rest."""
-    index_file = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if index_file is None:
-        shards = dict.fromkeys(keys, SAFE_WEIGHTS_NAME)
-    else:
+def _shards(name, hub_kwargs):
+    """Return which file holds each tensor of a safetensors checkpoint; nothing for one of another format."""
+    optional = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+    # One file, then many: the order in which the stock class has looked, so that nothing new is asked of the Hub.
+    if (weights_file := cached_file(name, SAFE_WEIGHTS_NAME, **optional)) is not None:
+        with safe_open(weights_file, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+    if (index_file := cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)) is not None:
         with open(index_file, encoding="utf-8") as file:
-            shards = json.load(file)["weight_map"]
+            return json.load(file)["weight_map"]
+    return {}
+
+
+def _read_tensors(name, shards, hub_kwargs):
+    """Read tensors from the files that hold them (`shards`, by tensor), without loading the rest."""
     tensors = {}
-    for shard in sorted({shards[key] for key in keys}):
+    for shard in sorted(set(shards.values())):
         with safe_open(cached_file(name, shard, **hub_kwargs), framework="pt") as file:
-            tensors.update({key: file.get_tensor(key) for key in keys if shards[key] == shard})
+            tensors.update({key: file.get_tensor(key) for key in shards if shards[key] == shard})
     return tensors
 
 

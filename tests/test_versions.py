@@ -1,12 +1,13 @@
 """The versions that this project declares, pins, and refuses to be loaded with."""
 
 import configparser
-import importlib
+import os
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
-import torch
-import transformers
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -42,47 +43,47 @@ def test_pins_are_the_ends_of_the_ranges():
         assert Version(oldest[package]) == Version(least), package
 
 
+def pretend(monkeypatch, package, version):
+    """Let a package (`str`) say that it is another version."""
+    # transformers may stand in sys.modules anew after an import of its parts.
+    for module in {getattr(configuration_moca, package), sys.modules[package]}:
+        monkeypatch.setattr(module, "__version__", version)
+
+
 @pytest.mark.parametrize(
-    ("module", "version"),
+    ("package", "version"),
     [
-        (transformers, "5.17.9"),
-        (transformers, "4.57.6"),
-        (transformers, "6.0.0.dev0"),
-        (torch, "1.13.1"),
-        (torch, "3.0"),
+        ("transformers", "5.17.9"),
+        ("transformers", "4.57.6"),
+        ("transformers", "6.0.0.dev0"),
+        ("torch", "2.5.1+cu121"),
+        ("torch", "3.0"),
     ],
 )
-def test_other_versions_are_refused_in_one_sentence(module, version, monkeypatch):
-    monkeypatch.setattr(module, "__version__", version)
-    needed = configuration_moca.REQUIRED_VERSIONS[module.__name__]
+def test_other_versions_are_refused_in_one_sentence(package, version, monkeypatch):
+    pretend(monkeypatch, package, version)
+    needed = configuration_moca.REQUIRED_VERSIONS[package]
     with pytest.raises(ImportError) as caught:
         configuration_moca.check_versions()
-    assert str(caught.value) == f"This MoCa model needs {module.__name__} {needed}; {version} is installed."
-    for name in [name for name in sys.modules if name.split(".")[0] == "modeling_moca"]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match="This MoCa model needs"):
-        importlib.import_module("modeling_moca")
+    assert str(caught.value) == f"This MoCa model needs {package} {needed}; {version} is installed."
 
 
 @pytest.mark.parametrize("version", ["5.18.0", "5.18.0.dev0", "5.23.1", "5.99"])
 def test_versions_within_the_range_are_taken(version, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    pretend(monkeypatch, "transformers", version)
     configuration_moca.check_versions()
 
 
 REFUSED = """
 import sys
-import transformers
-
-transformers.__version__ = "5.1.0"
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor
 
 for auto_class in (AutoConfig, AutoModel, AutoModelForPreTraining, AutoProcessor):
     try:
         auto_class.from_pretrained(sys.argv[1], trust_remote_code=True)
     except ImportError as error:
-        assert str(error).startswith("This MoCa model needs transformers >="), error
-        assert str(error).endswith("; 5.1.0 is installed.") and "\\n" not in str(error), error
+        assert str(error).startswith("This MoCa model needs transformers >=99,<100; "), error
+        assert str(error).endswith(" is installed.") and "\\n" not in str(error), error
     else:
         raise AssertionError(f"{auto_class.__name__} loaded it")
 assert "modeling_moca" not in sys.modules
@@ -91,4 +92,19 @@ assert "modeling_moca" not in sys.modules
 
 def test_an_exported_folder_refuses_too(tmp_path):
     published = export(save(tmp_path / "model"), tmp_path / "published")
+    code = published / "configuration_moca.py"
+    needed = configuration_moca.REQUIRED_VERSIONS["transformers"]
+    code.write_text(code.read_text().replace(f'"transformers": "{needed}"', '"transformers": ">=99,<100"'))
     run(["-c", REFUSED, str(published)], tmp_path)
+
+
+def test_the_installed_package_refuses_when_it_is_imported(tmp_path):
+    folder = shutil.copytree(REPOSITORY / "modeling_moca", tmp_path / "modeling_moca")
+    code = folder / "configuration_moca.py"
+    code.write_text(code.read_text().replace('"torch": ">=2.6,<3"', '"torch": ">=99,<100"'))
+    command = [sys.executable, "-c", "import modeling_moca"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(
+        r"^ImportError: This MoCa model needs torch >=99,<100; \S+ is installed\.$", done.stderr, re.MULTILINE
+    )

@@ -146,6 +146,9 @@ class CPTTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         super()._save(output_dir, state_dict)
+        # Where weights are sharded every rank comes here, and the first one writes.
+        if not self.args.should_save:
+            return
         # As JSON, not as the usual pickle: the folder is meant to be given away.
         os.remove(os.path.join(output_dir, TRAINING_ARGS_NAME))
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:

@@ -32,6 +32,7 @@ CAUGHT_BY = {
     "test_a_global_batch_is_one_task_and_no_row_comes_twice",
     "D5 text trains the vision tower": "test_defects.py::test_d05_text_does_not_train_the_vision_tower",
     "D6 nothing drawn gives NaN": "modeling_moca/test_losses.py::test_nothing_chosen_is_zero_with_zero_gradients",
+    "D6 nothing drawn in a whole step gives NaN": "test_defects.py::test_d06_nothing_drawn_in_a_step_gives_no_nan",
     "D7 every epoch repeats the same batches (stage 1)": "test_defects.py::test_d07_epochs_differ_in_their_order",
     "D7 every epoch repeats the same batches (stage 2)": "trainers/test_contrastive_sampler.py::"
     "test_order_depends_on_seed_and_epoch_only",
@@ -44,6 +45,10 @@ CAUGHT_BY = {
     "D13 cost of the raw image size": "test_defects.py::test_d13_length_is_that_of_the_resized_image",
     "D14 rows are dropped": "test_defects.py::test_d14_every_row_is_used_once_an_epoch",
     "D15 going on re-initialises the MAE head": "test_defects.py::test_d15_going_on_keeps_the_mae_head",
+    "D15 a published MAE head is lost": "modeling_moca/test_checkpoints.py::"
+    "test_published_pretraining_checkpoint_brings_its_heads",
+    "D15 a published MAE head is lost under ZeRO-3": "modeling_moca/test_sharded_start.py::"
+    "test_every_weight_and_the_mae_decoder_arrive",
     "D16 a key-value cache is built": "modeling_moca/test_attention.py::test_no_cache_is_built",
     "D17 cosine over temperature in half precision": "trainers/test_contrastive_loss.py::"
     "test_bfloat16_under_autocast_is_computed_in_float32",
@@ -84,6 +89,17 @@ def test_d05_text_does_not_train_the_vision_tower():
     with torch.no_grad():
         states = [model(**batch).last_hidden_state[0, :length] for batch in (alone, beside)]
     torch.testing.assert_close(*states, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("ratio", ["mlm_ratio", "mae_ratio"])
+def test_d06_nothing_drawn_in_a_step_gives_no_nan(ratio, tmp_path):
+    config = make_config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, **{ratio: 0.0})
+    trainer = CPTTrainer(make_model(), config, train_dataset=make_rows(4), processing_class=tiny_processor())
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    empty, other = ("mlm_loss", "mae_loss") if ratio == "mlm_ratio" else ("mae_loss", "mlm_loss")
+    assert entry[empty] == 0 and 0 < entry[other] < 100
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
 def recorded_batches(tmp_path, rows, **settings):

@@ -259,6 +259,9 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         """No callback: it puts rows of the training data into the model card and its assets."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # With DeepSpeed every rank comes here, and the first one writes.
+        if not self.args.should_save:
+            return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
         logger.info("Saving model checkpoint to %s", output_dir)

@@ -17,9 +17,14 @@ from examples import train_contrastive, train_cpt
 from modeling_moca import MoCaForPreTraining, MoCaModel
 from tests.conftest import REPOSITORY
 from tests.modeling_moca.attention_paths import why_not
+from tests.tiny import tiny_processor
+from tests.trainers.contrastive_cases import SCENARIOS
+from tests.trainers.cpt_rows import make_rows
+from tests.trainers.test_cpt_trainer import make_model
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_loss import info_nce
 from trainers.cpt_config import CPTConfig
+from trainers.cpt_trainer import CPTTrainer
 from trainers.masking import mask_patches, row_generator
 
 CONFIGS = REPOSITORY / "examples" / "configs"
@@ -63,6 +68,25 @@ def test_settings_files_hold_the_choices_of_paper_and_released_code():
             if value != reference.to_dict()[key] and key not in ("output_dir", "logging_dir", "run_name")
         }
         assert different == set(choices), "a difference that the table does not name"
+    # What two ranks are held to is what the file says.
+    reference = contrastive_settings("contrastive_reference_3b.yaml")
+    assert SCENARIOS["reference"] == {name: getattr(reference, name) for name in SCENARIOS["reference"]}
+    assert SCENARIOS["reference"].keys() == CONTRASTIVE_CHOICES.keys() - {"learning_rate"}
+
+
+def test_settings_of_the_released_code_reach_model_and_batches(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the trainer makes the file's output folder
+    settings, processor = cpt_settings("cpt_reference_3b.yaml"), tiny_processor(max_pixels=256 * 784)
+    trainer = CPTTrainer(make_model(), settings, train_dataset=make_rows(6), processing_class=processor)
+    assert (trainer.model.config.mae_loss_weight, trainer.model.config.shift_labels) == (0.1, False)
+    batch = trainer.data_collator(make_rows(6))
+    chosen = batch["patch_mask"][batch["input_ids"] == 3].repeat_interleave(4)
+    assert chosen.sum() > 16
+    assert (batch["pixel_values"][chosen] == batch["pixel_values"][chosen][0]).all(), "one vector for the whole batch"
+    # With unshifted labels the first token can be chosen too; rows are cut at this code's own length.
+    texts = [{"text": f"{index} " + "sea " * 2000} for index in range(6)]
+    batch = trainer.data_collator(texts)
+    assert batch["input_ids"].shape[1] == 1280 and (batch["labels"][:, 0] != -100).any()
 
 
 @recorded_case

@@ -99,7 +99,8 @@ def test_activation_checkpointing_keeps_the_gradients(checkpoint, tmp_path):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_features_reach_the_loss_as_rows_say(checkpoint):
+@pytest.mark.parametrize("all_negatives", [True, False])
+def test_features_reach_the_loss_as_rows_say(checkpoint, all_negatives):
     """The loss of a batch equals info_nce on embeddings of its rows made one by one."""
     model = build(checkpoint).eval()
     rows = [mixed_task()[index] for index in range(8)]
@@ -115,15 +116,27 @@ def test_features_reach_the_loss_as_rows_say(checkpoint):
         return model.encode({key: value for key, value in sorted(side.items()) if value is not None})
 
     with torch.no_grad():
-        loss = InfoNCELoss(model)(features, batch["label"])
+        loss = InfoNCELoss(model, all_negatives=all_negatives)(features, batch["label"])
         query, positive = (
             torch.stack([torch.as_tensor(embed(row[name])) for row in rows]) for name in ("query", "positive")
         )
         present = [row["negative_1"] for row in rows if row["negative_1"] is not None]
         negatives = torch.zeros(8, 1, query.shape[1])
         negatives[batch["label"][:, 0], 0] = torch.stack([torch.as_tensor(embed(image)) for image in present])
-        expected = info_nce(query, positive, negatives, batch["label"])
+        expected = info_nce(query, positive, negatives, batch["label"], all_negatives=all_negatives)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_settings_reach_the_loss(checkpoint, tmp_path):
+    settings = {
+        "temperature": 0.5,
+        "all_negatives": False,
+        "symmetric": True,
+        "false_negative_margin": 0.2,
+        "mini_batch_size": 3,
+    }
+    _, trainer = train(checkpoint, tmp_path, **settings)
+    assert trainer.loss.get_config_dict() == settings
 
 
 def test_masked_negatives(checkpoint):
@@ -156,6 +169,14 @@ def test_saved_folder_loads_anywhere_and_holds_no_training_data(checkpoint, tmp_
         loaded.encode(inputs, convert_to_tensor=True), model.encode(inputs, convert_to_tensor=True)
     )
     assert loaded[0].unpad_inputs is False
+
+
+def test_only_the_first_rank_writes(checkpoint, tmp_path, monkeypatch):
+    _, trainer = train(checkpoint, tmp_path)
+    # With DeepSpeed, Trainer calls this on every rank.
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer._save(str(tmp_path / "second_rank"))
+    assert not (tmp_path / "second_rank").exists()
 
 
 def test_evaluation_reports_each_task(checkpoint, tmp_path):

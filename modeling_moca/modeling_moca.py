@@ -3,6 +3,7 @@
 Source: MoCa, arXiv 2506.23115. This file travels to the Hub as remote code: it imports torch and transformers only.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -92,6 +93,8 @@ class MoCaModel(MoCaPreTrainedModel):
         if attn_implementation == "flex_attention":
             self.language_model.config._attn_implementation = "flex_attention"
         self._no_split_modules = list(self.backbone._no_split_modules or [])
+        # Set by trainers whose ranks share weights or gradients: every forward pass then uses every weight.
+        self.always_use_vision = False
         self.post_init()
 
     def get_input_embeddings(self):
@@ -177,14 +180,16 @@ class MoCaModel(MoCaPreTrainedModel):
         # config.bidirectional is the one truth; the layers read the copy in the text configuration.
         self.language_model.config.is_causal = not self.config.bidirectional
         kwargs = {name: value for name, value in kwargs.items() if name.startswith("output_")}
-        outputs = self.backbone(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-            **images,
-            **kwargs,
-        )
+        without_images = images.get("pixel_values") is None
+        with self._vision_in_use() if self.always_use_vision and without_images else nullcontext():
+            outputs = self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+                **images,
+                **kwargs,
+            )
         hidden_states = outputs.last_hidden_state  # [B, T, d]
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
@@ -196,8 +201,8 @@ class MoCaModel(MoCaPreTrainedModel):
     def vision_anchor(self):
         """Return 0, made from one blank image by every weight of the vision side.
 
-        Added to the states of a batch without images it changes nothing, adds no token, and lets every rank of a
-        sharded or data-parallel run use the same weights in every forward pass; otherwise such runs hang.
+        Added to the embeddings of a batch without images it changes nothing, adds no token, and lets every rank of a
+        sharded or data-parallel run use the same weights in every forward pass; otherwise such runs hang or abort.
 
         Returns:
             `torch.Tensor`: scalar.
@@ -215,6 +220,22 @@ class MoCaModel(MoCaPreTrainedModel):
         # Qwen3-VL feeds features of several depths to the language model.
         depths = [features.pooler_output, *(getattr(features, "deepstack_features", None) or [])]
         return sum(image.sum() for images in depths for image in images) * 0
+
+    @contextmanager
+    def _vision_in_use(self):
+        """Add the vision anchor to the embeddings, where image features go.
+
+        Inside the backbone, after its embedding and before its layers: ranks that share weights fetch them, and hand in
+        their gradients, in the order of use, so that it must be the same with images and without.
+        """
+        embedding = self.get_input_embeddings()
+        handle = embedding.register_forward_hook(
+            lambda module, args, embedded: embedded + self.vision_anchor().to(embedded.dtype)
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _check_images(self, input_ids, pixel_values, image_grid_thw):
         num_image_tokens = int((input_ids == self.config.image_token_id).sum())
@@ -332,6 +353,9 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
         if labels is not None:
             mlm_logits, chosen_labels = self.mlm_head(hidden_states, labels, self.config.shift_labels)
             mlm_loss = masked_token_loss(mlm_logits, chosen_labels, num_tokens)
+        if patch_mask is None and self.moca.always_use_vision:
+            patch_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+            patch_labels = hidden_states.new_zeros(0, self.config.num_patches_per_token, self.config.patch_dim)
         if patch_mask is not None:
             position_embeddings = self.moca.language_model.rotary_emb(hidden_states, position_ids)
             patch_predictions = self.mae_head(hidden_states, attention_mask, position_embeddings, patch_mask)

@@ -134,8 +134,9 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             )
         self._tasks = list(train_dataset or {}) if args.task_batches else [_MIXED]
         self._reset_task_totals()
-        if self.args.world_size > 1:
-            _keep_vision_tower_in_use(model[0].model)
+        # A step runs one forward pass a column. Ranks must agree on what each pass uses, or sharded runs abort, and
+        # distributed data parallel takes the parameters that the last pass did not use for unused ones.
+        model[0].model.always_use_vision = self.args.world_size > 1
 
     def get_default_loss(self, model: SentenceTransformer) -> nn.Module:
         """`InfoNCELoss` with the settings of `args`."""
@@ -295,19 +296,3 @@ def _with_equal_columns(tasks: dict[str, Dataset]) -> dict[str, Dataset]:
                 rows = rows.add_column(column, [None] * len(rows))
         tasks[task] = rows.select_columns(columns)
     return tasks
-
-
-def _keep_vision_tower_in_use(model: nn.Module) -> None:
-    """Run the vision tower in forward passes without images too, at no effect on the result.
-
-    A step runs one forward pass a column. Ranks must agree on what each pass uses, or sharded runs hang, and
-    distributed data parallel takes the parameters that the last pass did not use for unused ones.
-    """
-
-    def add_vision_anchor(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
-        if kwargs.get("pixel_values") is None:
-            outputs.last_hidden_state = outputs.last_hidden_state + model.vision_anchor()
-        return outputs
-
-    # On the backbone: sentence-transformers calls `model.forward`, past the model's own hooks.
-    model.backbone.register_forward_hook(add_vision_anchor, with_kwargs=True)

@@ -69,6 +69,8 @@ class CPTTrainer(Trainer):
         model.config.mae_loss_weight = args.mae_loss_weight
         model.config.shift_labels = args.shift_labels
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        # Plain data parallelism finds unused parameters by itself, and is spared the blank images.
+        model.moca.always_use_vision = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self._start_train_window()
 
     def get_eval_dataloader(self, eval_dataset=None):

@@ -134,6 +134,11 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             )
         self._tasks = list(train_dataset or {}) if args.task_batches else [_MIXED]
         self._reset_task_totals()
+        if self.is_deepspeed_enabled and args.mini_batch_size is not None:
+            raise ValueError(
+                f"mini_batch_size={args.mini_batch_size} runs several backward passes a step, which DeepSpeed's ZeRO "
+                "refuses: leave mini_batch_size unset, or train without DeepSpeed (ContrastiveTrainer)."
+            )
         # A step runs one forward pass a column. Ranks must agree on what each pass uses, or sharded runs abort, and
         # distributed data parallel takes the parameters that the last pass did not use for unused ones.
         model[0].model.always_use_vision = self.args.world_size > 1

@@ -1,12 +1,7 @@
 """Ranks that share the weights start from the checkpoint too: nothing is copied from an empty part of a tensor."""
 
-import importlib.util
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,11 +10,7 @@ from safetensors.torch import load_file, save_file
 from modeling_moca import MoCaForPreTraining
 from tests.conftest import REPOSITORY
 from tests.tiny import tiny_backbone
-
-
-def needs(package):
-    missing = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(missing, reason=f"{package} is not installed (pip install {package})")
+from tests.two_ranks import needs_deepspeed, start_two_ranks
 
 
 def write_checkpoints(folder):
@@ -35,17 +26,10 @@ def write_checkpoints(folder):
     save_file(tensors, folder / "published" / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("mode", ["fsdp", pytest.param("zero3", marks=needs("deepspeed"))])
+@pytest.mark.parametrize("mode", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
 def test_every_weight_and_the_mae_decoder_arrive(mode, tmp_path):
     write_checkpoints(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command += [str(REPOSITORY / "tests" / "modeling_moca" / "sharded_start.py"), mode, str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_two_ranks(REPOSITORY / "tests" / "modeling_moca" / "sharded_start.py", mode, tmp_path)
     first, second = (json.loads((tmp_path / f"{mode}-{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["world_size"] == 2

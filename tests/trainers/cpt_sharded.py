@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_processor
 from tests.trainers.cpt_rows import make_row
+from tests.two_ranks import zero_settings
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
@@ -20,18 +21,9 @@ from trainers.cpt_trainer import CPTTrainer
 def train(mode, folder):
     """Take two steps of plain SGD on eight rows; leave the losses and the trained model in the folder."""
     world_size = 1 if mode == "whole" else 2
-    deepspeed = None
-    if mode.startswith("zero"):
-        deepspeed = {
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",  # else 1.0, whatever max_grad_norm says
-            "zero_optimization": {"stage": int(mode[-1]), "stage3_gather_16bit_weights_on_model_save": True},
-            "zero_allow_untested_optimizer": True,
-        }
     config = CPTConfig(
         output_dir=str(folder / mode),
-        deepspeed=deepspeed,
+        deepspeed=None if mode == "whole" else zero_settings(int(mode[-1])),
         use_cpu=True,
         report_to="none",
         save_strategy="no",

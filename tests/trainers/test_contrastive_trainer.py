@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 
 from modeling_moca import MoCaModel, MoCaProcessor
 from tests.conftest import REPOSITORY
@@ -243,6 +243,18 @@ def test_data_is_checked(checkpoint, tmp_path, data, message):
 def test_settings_are_checked(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **settings)
+
+
+def test_cached_gradients_and_deepspeed_exclude_each_other(checkpoint, tmp_path, monkeypatch):
+    stock = SentenceTransformerTrainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(trainer):
+        stock(trainer)
+        trainer.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(ContrastiveTrainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(ValueError, match="mini_batch_size=2 runs several backward passes a step"):
+        train(checkpoint, tmp_path, mini_batch_size=2)
 
 
 def test_unconverted_backbone_is_refused(tmp_path):

@@ -1,11 +1,6 @@
 """Ranks that share gradients or weights train like one process, also when only one of them has images."""
 
-import importlib.util
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,25 +9,14 @@ from modeling_moca import MoCaForPreTraining, MoCaModel
 from tests.modeling_moca.batches import interleaved_batch, masked_batch
 from tests.tiny import tiny_backbone
 from tests.trainers import cpt_sharded
+from tests.two_ranks import needs_deepspeed, start_two_ranks
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@needs_deepspeed
 @pytest.mark.parametrize("mode", ["zero2", "zero3"])
 def test_one_rank_with_images_and_one_without(mode, tmp_path):
     MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(tmp_path / "start")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, cpt_sharded.__file__, mode, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    start_two_ranks(cpt_sharded.__file__, mode, tmp_path)
     cpt_sharded.train("whole", tmp_path)
     losses, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in (mode, "whole"))
     assert len(expected) == 2

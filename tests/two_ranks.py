@@ -1,0 +1,37 @@
+"""Start a program on two real ranks, which talk over gloo on this machine's CPU."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install deepspeed)"
+)
+
+
+def start_two_ranks(program, *arguments):
+    """Run `program` (path) with arguments on two ranks, and fail with what it said if one of them fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(program), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def zero_settings(stage):
+    """Return a DeepSpeed configuration of a ZeRO stage (`int`) in which Trainer's own settings count."""
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",  # else 1.0, whatever max_grad_norm says
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "zero_allow_untested_optimizer": True,
+    }

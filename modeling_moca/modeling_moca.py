@@ -168,20 +168,17 @@ class MoCaModel(MoCaPreTrainedModel):
         Raises:
             ValueError: image tokens and images do not belong together.
         """
-        self._check_images(input_ids, pixel_values, image_grid_thw)
+        has_images = self._check_images(input_ids, pixel_values, image_grid_thw)
         if position_ids is None:
             position_ids = self.get_position_ids(input_ids, attention_mask, image_grid_thw)
         images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         if self.config.pixel_layout == "tiles":
-            images = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
-            # A stock model takes one blank tile for an image where no row has any.
-            if pixel_values is not None and not real_tiles(pixel_values).any():
-                images = {}
+            # Padding alone is left out: a stock model takes one blank tile for an image where no row has any.
+            images = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask} if has_images else {}
         # config.bidirectional is the one truth; the layers read the copy in the text configuration.
         self.language_model.config.is_causal = not self.config.bidirectional
         kwargs = {name: value for name, value in kwargs.items() if name.startswith("output_")}
-        without_images = images.get("pixel_values") is None
-        with self._vision_in_use() if self.always_use_vision and without_images else nullcontext():
+        with self._vision_in_use() if self.always_use_vision and not has_images else nullcontext():
             outputs = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -238,11 +235,12 @@ class MoCaModel(MoCaPreTrainedModel):
             handle.remove()
 
     def _check_images(self, input_ids, pixel_values, image_grid_thw):
+        """Tell whether the batch has images; raise if image tokens and pixels do not belong together."""
         num_image_tokens = int((input_ids == self.config.image_token_id).sum())
         if pixel_values is None:
             if num_image_tokens:
                 raise ValueError(f"input_ids hold {num_image_tokens} image tokens, but pixel_values is None.")
-            return
+            return False
         expected = num_image_tokens * self.config.num_patches_per_token
         if self.config.pixel_layout == "tiles":
             if pixel_values.ndim != 5:
@@ -257,7 +255,7 @@ class MoCaModel(MoCaPreTrainedModel):
                     f"input_ids hold {num_image_tokens} image tokens, which own {expected} patches; got {num_patches} "
                     f"in {num_tiles} tiles of {pixel_values.shape[-1]} x {pixel_values.shape[-1]} pixels."
                 )
-            return
+            return num_tiles > 0
         if image_grid_thw is None:
             raise ValueError("pixel_values need image_grid_thw of shape (num_images, 3), got None.")
         num_grid_patches = int(image_grid_thw.prod(-1).sum())
@@ -267,6 +265,7 @@ class MoCaModel(MoCaPreTrainedModel):
                 f"input_ids hold {num_image_tokens} image tokens, which own {expected} rows of pixel_values; got "
                 f"{num_patches} rows, and image_grid_thw counts {num_grid_patches}."
             )
+        return num_patches > 0
 
 
 class MoCaForPreTraining(MoCaPreTrainedModel):

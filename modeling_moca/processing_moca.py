@@ -327,7 +327,7 @@ class MoCaProcessor(ProcessorMixin):
             if fixed > limit:
                 raise ValueError(
                     f"Row {row}: its images take {fixed} tokens, more than max_length={limit}. Images are never cut: "
-                    "lower max_pixels, or raise max_length."
+                    "lower max_pixels (or size, where images are cut into tiles), or raise max_length."
                 )
             excess = sum(len(ids) for ids, _ in segments) - limit
             if excess > 0:

@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from modeling_moca import MoCaProcessor
-from tests.tiny import VOCAB_SIZE, tiny_backbone, tiny_tokenizer
+from tests.tiny import ROPE, TEXT, tiny_backbone, tiny_tokenizer
 
 QWEN_IDS = {
     "vision_start_token_id": 2,
@@ -25,19 +25,6 @@ QWEN_IDS = {
     "video_token_id": 4,
     "vision_end_token_id": 5,
 }
-TEXT = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 1,
-}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 # Patches of 4 pixels, 2 x 2 of which are an image token: a tile of 32 pixels is 4 x 4 tokens.
 TILE = {"patch_size": 4, "merge_size": 2, "side": 32}
 

@@ -18,6 +18,19 @@ SPECIAL_TOKENS = [
 ]
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VOCAB_SIZE = 320
+TEXT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
 def tiny_tokenizer(mask_token="<|mask|>", renamed=None):
@@ -52,19 +65,7 @@ def tiny_processor(mask_token="<|mask|>", min_pixels=28 * 28, max_pixels=16 * 28
 
 def tiny_config(tie_word_embeddings=True, vision_overrides=None, **text_overrides):
     """Return a stock Qwen2.5-VL configuration of four 32-wide layers and two vision blocks."""
-    text = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 1,
-    }
+    text = {**TEXT, "rope_parameters": dict(ROPE)}
     return Qwen2_5_VLConfig(
         text_config={**text, **text_overrides},
         vision_config={

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling_moca import MoCaForPreTraining, MoCaModel
+from modeling_moca import MoCaForPreTraining, MoCaModel, MoCaProcessor
 from tests.conftest import REPOSITORY
-from tests.families import family_backbone, family_processor
+from tests.families import family_backbone, family_image_processor, family_processor, family_tokenizer
 from tests.modeling_moca.test_families import batch_of
 from tests.tiny import tiny_backbone
 
@@ -127,6 +127,33 @@ def test_published_pretraining_checkpoint_brings_its_heads(num_shards, tmp_path)
     assert not any("mae" in name for name in MoCaModel.from_backbone(tmp_path).state_dict())
 
 
+def test_a_name_on_the_hub(tmp_path):
+    """By name, out of a cache as huggingface-hub fills it: shards, a published MAE head, another one's processor."""
+
+    def cached(name):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        return repository / "snapshots" / ("0" * 40)
+
+    stock = family_backbone("qwen2_5_vl", tied=False)
+    layer = stock.model.language_model.layers[0].state_dict()
+    head = {f"mae_decoder.{name}": tensor + 1 for name, tensor in layer.items()}
+    head |= {"mae_proj.weight": torch.randn(4704, 32), "mae_proj.bias": torch.randn(4704)}
+    write_hub_layout(cached("org/moca"), stock, num_shards=3, architecture="Qwen2_5ForMLMMAE", extra=head)
+    qwen = cached("org/qwen")
+    stock.config.save_pretrained(qwen)
+    family_tokenizer("qwen2_5_vl").save_pretrained(qwen)
+    family_image_processor("qwen2_5_vl").save_pretrained(qwen)
+    model = MoCaForPreTraining.from_backbone("org/moca", cache_dir=tmp_path)
+    assert torch.equal(model.mae_head.proj.weight, head["mae_proj.weight"])
+    assert torch.equal(model.moca.language_model.layers[0].mlp.up_proj.weight, layer["mlp.up_proj.weight"])
+    processor = MoCaProcessor.from_backbone("org/moca", processor_name="org/qwen", cache_dir=tmp_path)
+    assert processor.image_token_id == model.config.image_token_id
+    embedding_model = MoCaModel.from_backbone("org/moca", cache_dir=tmp_path, revision="main")
+    torch.testing.assert_close(states(embedding_model, "qwen2_5_vl"), states(model.moca, "qwen2_5_vl"))
+
+
 @pytest.mark.parametrize("without", [(), ("lm_head.",)])
 def test_published_embedding_checkpoint(without, tmp_path):
     stock = family_backbone("qwen2_5_vl", tied=False)
@@ -161,7 +188,7 @@ def test_every_misfit_of_a_sharded_checkpoint_is_listed_at_once(family, tmp_path
 MEASURE = """
 import sys, threading, time
 import torch
-from modeling_moca import MoCaForPreTraining, MoCaModel
+from modeling_moca import MoCaForPreTraining, MoCaModel, MoCaProcessor
 
 warm, folder, kind, dtype = sys.argv[1:]
 model_class = {"MoCaModel": MoCaModel, "MoCaForPreTraining": MoCaForPreTraining}[kind]

@@ -6,6 +6,7 @@ This file travels to the Hub as remote code: it imports torch and transformers o
 import io
 import os
 
+import torch
 from transformers import image_utils
 
 # Pillow is reached as image_utils.PIL: the remote-code loader refuses a file that imports a package which is not
@@ -60,6 +61,42 @@ def to_rgb(image):
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def to_byte_rows(image, patch_size, merge_size):
+    """Return the patches of one resized image as bytes, one patch a row: an eighth of the memory of `pixel_values`.
+
+    The order is that of the Qwen-VL image processors: tokens row by row, and within a token its square of patches.
+
+    Args:
+        image (`PIL.Image.Image`): RGB, its sides multiples of `patch_size * merge_size`.
+        patch_size (`int`): side of a patch in pixels.
+        merge_size (`int`): side, in patches, of the square that becomes one image token.
+
+    Returns:
+        `torch.ByteTensor` of shape `(num_patches, channels * patch_size**2)`.
+    """
+    width, height = image.size
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    side = patch_size * merge_size
+    split = pixels.view(height // side, merge_size, patch_size, width // side, merge_size, patch_size, 3)
+    return split.permute(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3 * patch_size**2)  # [I J m m, C p p]
+
+
+def from_byte_rows(rows, image_mean, image_std, temporal_patch_size):
+    """Normalise patches of bytes as the stock image processors do, and repeat them for every frame.
+
+    Args:
+        rows (`torch.ByteTensor` of shape `(num_patches, channels * patch_size**2)`): see [`to_byte_rows`].
+        image_mean, image_std (`list[float]`): a channel each, of pixels between 0 and 1.
+        temporal_patch_size (`int`): frames that a patch spans; a still image stands in all of them.
+
+    Returns:
+        `torch.FloatTensor` of shape `(num_patches, channels * temporal_patch_size * patch_size**2)`.
+    """
+    mean, std = (torch.tensor(values, device=rows.device)[:, None] for values in (image_mean, image_std))  # [C, 1]
+    pixels = rows.unflatten(1, (mean.shape[0], -1)).float().div_(255).sub_(mean).div_(std)  # [N, C, p p]
+    return pixels.unsqueeze(2).expand(-1, -1, temporal_patch_size, -1).flatten(1)  # [N, C T p p]
 
 
 def real_tiles(pixel_values):
@@ -132,4 +169,4 @@ def _split_tiles(tiles, patch_size, merge_size):
     return tiles.reshape(shape)
 
 
-__all__ = ["from_patch_rows", "open_image", "real_tiles", "to_patch_rows", "to_rgb"]
+__all__ = ["from_byte_rows", "from_patch_rows", "open_image", "real_tiles", "to_byte_rows", "to_patch_rows", "to_rgb"]

@@ -14,7 +14,7 @@ from transformers.utils import is_vision_available
 
 from .chat_moca import CHAT_TEMPLATE, IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START, chat_parts
 from .configuration_moca import MoCaConfig
-from .images_moca import open_image
+from .images_moca import from_byte_rows, open_image, to_byte_rows
 
 logger = logging.getLogger(__name__)
 
@@ -310,34 +310,12 @@ class MoCaProcessor(ProcessorMixin):
         image_ids = iter(image_ids)
         sequences, cut_rows, cut_tokens = [], 0, 0
         for row, parts in enumerate(rows):
-            segments = []  # (ids, is text)
-            text = ""
-            for part in [*parts, None]:
-                if isinstance(part, str):
-                    text += part
-                    continue
-                if text:
-                    # split_special_tokens: what a user writes is never a control token.
-                    ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-                    segments.append((ids, True))
-                    text = ""
-                if part is not None:
-                    segments.append((next(image_ids), False))
-            fixed = sum(len(ids) for ids, is_text in segments if not is_text)
-            if fixed > limit:
-                raise ValueError(
-                    f"Row {row}: its images take {fixed} tokens, more than max_length={limit}. Images are never cut: "
-                    "lower max_pixels (or size, where images are cut into tiles), or raise max_length."
-                )
-            excess = sum(len(ids) for ids, _ in segments) - limit
-            if excess > 0:
-                cut_rows, cut_tokens = cut_rows + 1, cut_tokens + excess
-                for position in reversed(range(len(segments))):
-                    ids, is_text = segments[position]
-                    if is_text and excess > 0:
-                        segments[position] = (ids[: max(len(ids) - excess, 0)], True)
-                        excess -= min(len(ids), excess)
-            sequences.append([token for ids, _ in segments for token in ids] or [self.tokenizer.pad_token_id])
+            try:
+                ids, num_cut = self._row_ids(parts, image_ids, limit)
+            except ValueError as error:
+                raise ValueError(f"Row {row}: {error}") from error
+            cut_rows, cut_tokens = cut_rows + (num_cut > 0), cut_tokens + num_cut
+            sequences.append(ids or [self.tokenizer.pad_token_id])
         if cut_rows:
             logger.warning(
                 "Cut %d text tokens from the ends of %d of %d rows to keep max_length=%d.",
@@ -347,6 +325,88 @@ class MoCaProcessor(ProcessorMixin):
                 limit,
             )
         return sequences
+
+    def _row_ids(self, parts, image_ids, limit):
+        """Return the ids of one row and how many text tokens were cut from its end; `image_ids` is an iterator."""
+        segments = []  # (ids, is text)
+        text = ""
+        for part in [*parts, None]:
+            if isinstance(part, str):
+                text += part
+                continue
+            if text:
+                # split_special_tokens: what a user writes is never a control token.
+                ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                segments.append((ids, True))
+                text = ""
+            if part is not None:
+                segments.append((next(image_ids), False))
+        fixed = sum(len(ids) for ids, is_text in segments if not is_text)
+        if fixed > limit:
+            raise ValueError(
+                f"its images take {fixed} tokens, more than max_length={limit}. Images are never cut: "
+                "lower max_pixels (or size, where images are cut into tiles), or raise max_length."
+            )
+        num_cut = excess = max(sum(len(ids) for ids, _ in segments) - limit, 0)
+        for position in reversed(range(len(segments))):
+            ids, is_text = segments[position]
+            if is_text and excess > 0:
+                segments[position] = (ids[: max(len(ids) - excess, 0)], True)
+                excess -= min(len(ids), excess)
+        return [token for ids, _ in segments for token in ids], num_cut
+
+    def row_ids(self, text, image_sizes=(), max_length=None):
+        """Return the ids of one row from the sizes of its images alone: nothing is decoded.
+
+        Args:
+            text (`str`): as when calling the processor.
+            image_sizes (`Sequence[tuple[int, int]]`, defaults to none): height and width, in pixels, of each image as
+                it is seen, that is after turning it as its EXIF data says.
+            max_length (`int`, *optional*): the processor's own when omitted.
+
+        Returns:
+            `tuple`: ids (`list[int]`), and how many text tokens were cut from the end.
+
+        Raises:
+            ValueError: placeholders and sizes differ in number, an image is refused by the image processor, or images
+                alone exceed `max_length`.
+        """
+        pieces = text.split(PLACEHOLDER)
+        if len(pieces) - 1 != len(image_sizes):
+            raise ValueError(
+                f"The text has {len(pieces) - 1} image placeholders, but there are {len(image_sizes)} images."
+            )
+        parts = [pieces[0]]
+        for size, piece in zip(image_sizes, pieces[1:]):
+            parts += [(size,), piece]
+        image_ids = iter([self._sized_image_ids(*size) for size in image_sizes])
+        return self._row_ids([part for part in parts if part != ""], image_ids, max_length or self.max_length)
+
+    def encode_images(self, images, as_bytes=False):
+        """Return the pixels of decoded images as the backbone takes them.
+
+        Args:
+            images (`list[list[PIL.Image.Image]]`): RGB images of every row; at least one row has one.
+            as_bytes (`bool`, defaults to `False`): leave patches as bytes, to be normalised later by
+                [`~modeling_moca.images_moca.from_byte_rows`]; only where [`MoCaProcessor.makes_byte_rows`].
+
+        Returns:
+            `dict`: `pixel_values` and `image_grid_thw` or `pixel_attention_mask`, as from calling the processor.
+        """
+        if as_bytes:
+            return self._byte_rows(images)
+        encode = self._rows_of_patches if self._layout == "rows" else self._tiles
+        return encode(images, {})[0]
+
+    @property
+    def makes_byte_rows(self):
+        """Whether patches can be cut before they are normalised (`bool`): a stock Qwen-VL image processor."""
+        processor = self.image_processor
+        return (
+            type(processor).__name__ == "Qwen2VLImageProcessorPil"
+            and bool(processor.do_resize and processor.do_rescale and processor.do_normalize)
+            and processor.rescale_factor == 1 / 255
+        )
 
     def _encode_images(self, rows, images_kwargs):
         """Return the pixels of all images as the backbone takes them, and the ids that stand for each image."""
@@ -373,12 +433,34 @@ class MoCaProcessor(ProcessorMixin):
             raise
 
     def _rows_of_patches(self, images, options):
-        flat = [image for row_images in images for image in row_images]
-        encoded = self.image_processor(images=flat, return_tensors="pt", **options)
+        if self.makes_byte_rows and not options:
+            # The same numbers as from the stock class, several times faster: it copies every image in float64.
+            encoded = self._byte_rows(images)
+            processor = self.image_processor
+            encoded["pixel_values"] = from_byte_rows(
+                encoded["pixel_values"], processor.image_mean, processor.image_std, processor.temporal_patch_size
+            )
+        else:
+            flat = [image for row_images in images for image in row_images]
+            encoded = self.image_processor(images=flat, return_tensors="pt", **options)
         grids = encoded["image_grid_thw"]  # [num_images, 3]
         num_tokens = (grids.prod(-1) // self.merge_size**2).tolist()
         inputs = {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}
         return inputs, [self._image_ids(number) for number in num_tokens]
+
+    def _byte_rows(self, images):
+        # Here, since the module needs Pillow.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        size = self.image_processor.size
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        rows, grids = [], []
+        for image in (image for row_images in images for image in row_images):
+            height, width = smart_resize(image.height, image.width, factor=self.patch_size * self.merge_size, **limits)
+            resized = image.resize((width, height), resample=self.image_processor.resample)
+            rows.append(to_byte_rows(resized, self.patch_size, self.merge_size))
+            grids.append((1, height // self.patch_size, width // self.patch_size))
+        return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.tensor(grids)}
 
     def _tiles(self, images, options):
         options = {**options, "return_row_col_info": True}
@@ -413,10 +495,13 @@ class MoCaProcessor(ProcessorMixin):
         Args:
             height, width (`int`): size of the image in pixels.
         """
+        return len(self._sized_image_ids(height, width))
+
+    def _sized_image_ids(self, height, width):
         number = self.image_processor.get_number_of_image_patches(height, width, {})
         if self._layout == "rows":
-            return len(self._image_ids(number // self.merge_size**2))
-        return len(self._image_ids(*number[1:]))
+            return self._image_ids(number // self.merge_size**2)
+        return self._image_ids(*number[1:])
 
     def _deal_images(self, images, num_placeholders):
         """Return a list of images for every row, whichever way they were given."""

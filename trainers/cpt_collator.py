@@ -1,31 +1,17 @@
 """Rows of text and images to masked model inputs: the collator of continual pre-training."""
 
-import hashlib
-import io
 import logging
 from collections import Counter
 
 import torch
-from PIL import Image
 
-from modeling_moca.chat_moca import PLACEHOLDER
-from modeling_moca.images_moca import from_patch_rows, to_patch_rows
+from modeling_moca.images_moca import from_byte_rows, from_patch_rows, to_patch_rows
 
 from .cpt_config import ON_BAD_ROW
-from .masking import PATCH_NOISES, mask_patches, mask_tokens, row_generator
+from .cpt_rows import BAD_ROW_REASONS, COLUMNS, BadRowError, decode_images, prepare_row
+from .masking import PATCH_NOISES, choose_patches, hide_patches, mask_tokens, row_generator
 
 logger = logging.getLogger(__name__)
-
-COLUMNS = ("text", "images")
-BAD_ROW_REASONS = ("empty_text", "undecodable_image", "placeholder_mismatch", "does_not_fit")
-
-
-class BadRowError(ValueError):
-    """A row that cannot be used, and why: `reason` is one of `BAD_ROW_REASONS`."""
-
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
 
 
 class CPTCollator:
@@ -48,14 +34,16 @@ class CPTCollator:
             without a state before it (position 0, or after padding) is never hidden.
         max_length (`int`, defaults to 2048): most tokens a row keeps, image tokens included.
         seed (`int`, defaults to 0): seed of the masks.
-        on_bad_row (`str`, defaults to `"raise"`): `"raise"` a `ValueError` naming the row, or `"skip"` it and report
-            the number skipped for each of `BAD_ROW_REASONS` as `skipped_rows`.
+        on_bad_row (`str`, defaults to `"skip"`): `"skip"` a row that cannot be used and report the number skipped for
+            each of `BAD_ROW_REASONS` as `skipped_rows`, or `"raise"` a `ValueError` naming it.
+        packing (`bool`, defaults to `False`): put all rows of a batch into one sequence, one after another without
+            padding; `cu_seq_lens` tells where each begins, and the model keeps them apart.
         ignored_columns (`tuple`, defaults to `("length",)`): columns that a row may have and that play no part here,
             such as the one that Trainer groups rows by.
 
     Raises:
         ValueError: the tokenizer has no mask token, a setting is unknown, a row has missing or unknown columns, a row
-            is bad and `on_bad_row="raise"`, or every row of a batch is bad.
+            is bad and `on_bad_row="raise"`.
 
     Example:
 
@@ -75,7 +63,8 @@ class CPTCollator:
         shift_labels=True,
         max_length=2048,
         seed=0,
-        on_bad_row="raise",
+        on_bad_row="skip",
+        packing=False,
         ignored_columns=("length",),
     ):
         tokenizer = processor.tokenizer
@@ -97,6 +86,7 @@ class CPTCollator:
         self.max_length = max_length
         self.seed = seed
         self.on_bad_row = on_bad_row
+        self.packing = packing
         self.ignored_columns = tuple(ignored_columns)
         self.image_token_id = processor.image_token_id
         self.patch_layout = {"patch_size": processor.patch_size, "merge_size": processor.merge_size}
@@ -125,21 +115,116 @@ class CPTCollator:
             `dict` of tensors: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`; if any
             row has an image also `pixel_values`, `patch_mask`, `patch_labels` and `image_grid_thw` or
             `pixel_attention_mask`, whichever the backbone takes; with `on_bad_row="skip"` also `skipped_rows` of shape
-            `(len(BAD_ROW_REASONS),)`.
+            `(len(BAD_ROW_REASONS),)`. With `packing` there is one sequence, and `cu_seq_lens` of shape
+            `(num_rows + 1,)` instead of `attention_mask`. If every row is bad, the batch is one padding token without
+            targets: other ranks may have rows, and expect this one to take part.
         """
         for index, row in enumerate(rows):
             self._check_columns(row, index)
-        readable, skipped = self._keep_good(rows, self._read_row)
-        inputs, good, skipped_by_processor = self._process(readable)
-        batch = self._mask(inputs, [key for _, _, key in good])
+        prepared, rejected = [], []
+        for index, row in enumerate(rows):
+            try:
+                prepared.append(self.prepare(row, f"Row {index} of the batch", self.epoch))
+            except BadRowError as error:
+                rejected.append(self.reject(error))
+        batch, undecodable = self.encode(prepared)
+        batch = self.finish(batch)
         if self.on_bad_row == "skip":
-            skipped += skipped_by_processor
-            batch["skipped_rows"] = torch.tensor([skipped[reason] for reason in BAD_ROW_REASONS])
+            counts = Counter(error.reason for error in rejected + [error for _, error in undecodable])
+            batch["skipped_rows"] = torch.tensor([counts[reason] for reason in BAD_ROW_REASONS])
         return batch
 
-    def _mask(self, inputs, row_keys):
-        input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]  # [B, T]
-        generators = [row_generator(self.seed, self.epoch, key) for key in row_keys]
+    def prepare(self, row, place, epoch=0):
+        """Check, tokenise and measure one row: see [`trainers.cpt_rows.prepare_row`].
+
+        Args:
+            row (`dict`): columns `text` and `images`.
+            place (`str`): where the row stands, for messages.
+            epoch (`int`, defaults to 0): epoch whose masks the row gets.
+        """
+        prepared = prepare_row(row, self.processor, self.max_length, place)
+        prepared.epoch = epoch
+        return prepared
+
+    def reject(self, error):
+        """Raise a [`BadRowError`], or with `on_bad_row="skip"` warn and return it (`error`)."""
+        if self.on_bad_row == "raise":
+            raise error
+        logger.warning("Skipped: %s", error)
+        return error
+
+    def encode(self, prepared):
+        """Return the batch of prepared rows as a loader's worker hands it over: small, and finished on the device.
+
+        Args:
+            prepared (`list[PreparedRow]`): rows of [`CPTCollator.prepare`].
+
+        Returns:
+            `tuple`: the batch, in which pixels are not hidden yet and may be bytes, for [`CPTCollator.finish`]; and
+            `list` of (index, `BadRowError`) of rows whose images turned out to be damaged.
+        """
+        good, images, rejected = [], [], []
+        for index, row in enumerate(prepared):
+            try:
+                images.append(decode_images(row))
+                good.append(row)
+            except BadRowError as error:
+                rejected.append((index, self.reject(error)))
+        batch, generators = self._mask_text(good)
+        if any(images):
+            image_tokens = batch.pop("image_tokens")
+            batch["patch_mask"] = choose_patches(image_tokens, ratio=self.mae_ratio, generators=generators)
+            batch |= self.processor.encode_images(images, as_bytes=self.processor.makes_byte_rows)
+            keys = [(row.epoch, row.key + b"/noise") for row in good]
+            # Numbers, not generators: the noise is drawn where the pixels are then.
+            batch["noise_seeds"] = [row_generator(self.seed, *key).initial_seed() for key in keys]
+            batch["num_hidden"] = batch["patch_mask"].sum(-1).tolist()
+            batch["chosen_image_tokens"] = batch["patch_mask"][image_tokens]  # [N]
+        batch.pop("image_tokens", None)
+        if self.packing:
+            _pack(batch)
+        return batch, rejected
+
+    def finish(self, batch):
+        """Normalise and hide the pixels of an encoded batch, on the device where they are.
+
+        Args:
+            batch (`dict`): from [`CPTCollator.encode`], moved to any device; changed in place.
+
+        Returns:
+            `dict`: the arguments of the model.
+        """
+        if "noise_seeds" not in batch:
+            return batch
+        pixel_values, device = batch["pixel_values"], batch["pixel_values"].device
+        if pixel_values.dtype == torch.uint8:
+            processor = self.processor.image_processor
+            pixel_values = from_byte_rows(
+                pixel_values, processor.image_mean, processor.image_std, processor.temporal_patch_size
+            )
+        masked_rows, batch["patch_labels"] = hide_patches(
+            to_patch_rows(pixel_values, **self.patch_layout),
+            chosen=batch.pop("chosen_image_tokens"),
+            counts=batch.pop("num_hidden"),
+            num_patches_per_token=self.patch_layout["merge_size"] ** 2,
+            generators=[torch.Generator(device).manual_seed(seed) for seed in batch.pop("noise_seeds")],
+            noise=self.patch_noise,
+        )
+        batch["pixel_values"] = from_patch_rows(masked_rows, pixel_values, **self.patch_layout)
+        return batch
+
+    def _mask_text(self, rows):
+        """Return ids, masked and padded, with their labels; and one generator a row."""
+        generators = [row_generator(self.seed, row.epoch, row.key) for row in rows] or [torch.Generator()]
+        sequences = [row.input_ids for row in rows] or [[self.tokenizer.pad_token_id]]
+        width = max(map(len, sequences))
+        input_ids = torch.full((len(sequences), width), self.tokenizer.pad_token_id)  # [B, T]
+        attention_mask = torch.zeros_like(input_ids)
+        for row, sequence in enumerate(sequences):
+            left = self.tokenizer.padding_side == "left"
+            real = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+            input_ids[row, real] = torch.tensor(sequence)
+            attention_mask[row, real] = 1
         maskable = attention_mask.bool() & ~torch.isin(input_ids, self.special_ids)  # [B, T]
         if self.shift_labels:
             # With padding on the left, the first real token has no state before it either.
@@ -152,21 +237,12 @@ class CPTCollator:
             generators=generators,
             shift_labels=self.shift_labels,
         )
-        batch = {"input_ids": masked_input_ids, "attention_mask": attention_mask, "labels": labels}
-        if inputs.get("pixel_values") is not None:
-            pixel_values = inputs["pixel_values"]
-            masked_rows, batch["patch_mask"], batch["patch_labels"] = mask_patches(
-                to_patch_rows(pixel_values, **self.patch_layout),
-                image_tokens=input_ids == self.image_token_id,
-                num_patches_per_token=self.patch_layout["merge_size"] ** 2,
-                ratio=self.mae_ratio,
-                generators=generators,
-                noise=self.patch_noise,
-            )
-            batch["pixel_values"] = from_patch_rows(masked_rows, pixel_values, **self.patch_layout)
-            # What else tells the backbone about its images.
-            batch |= {name: inputs[name] for name in ("image_grid_thw", "pixel_attention_mask") if name in inputs}
-        return batch
+        return {
+            "input_ids": masked_input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "image_tokens": input_ids == self.image_token_id,
+        }, generators
 
     def _check_columns(self, row, index):
         allowed = [*COLUMNS, *self.ignored_columns]
@@ -176,92 +252,15 @@ class CPTCollator:
                 "be there. Rename columns with dataset.rename_column, drop others with dataset.select_columns."
             )
 
-    def _read_row(self, row, index):
-        """Return text, decoded images and the key that tells this row from others."""
-        text, encoded = row["text"], row.get("images") or []
-        start = f"Row {index} of the batch ({(text or '')[:60]!r})"
-        if not text or not text.strip():
-            raise BadRowError("empty_text", f"{start} has no text.")
-        num_placeholders = text.count(PLACEHOLDER)
-        if num_placeholders != len(encoded):
-            raise BadRowError(
-                "placeholder_mismatch",
-                f"{start} has {num_placeholders} image placeholders {PLACEHOLDER!r}, but {len(encoded)} images.",
-            )
-        key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
-        images = []
-        for position, image in enumerate(encoded):
-            try:
-                image, content = _decode(image)
-            # What Pillow raises depends on the format and on where the bytes are damaged.
-            except Exception as error:
-                raise BadRowError(
-                    "undecodable_image", f"{start}: image {position} cannot be decoded ({error})."
-                ) from error
-            images.append(image)
-            key.update(content)
-        return text, images, key.digest()
 
-    def _process(self, readable):
-        """Return the processor's tensors, the rows they stand for, and how many rows it refused."""
-        try:
-            return self._run_processor(readable), readable, Counter()
-        except ValueError:
-            if self.on_bad_row == "raise":
-                raise
-        # Some row does not fit: find out which ones, one at a time. This is the slow path of a rare case.
-        good, skipped = self._keep_good(readable, self._try_row)
-        return self._run_processor(good), good, skipped
-
-    def _try_row(self, row, index):
-        try:
-            self._run_processor([row])
-        except ValueError as error:
-            raise BadRowError("does_not_fit", f"Row {index} of the batch ({row[0][:60]!r}): {error}") from error
-        return row
-
-    def _run_processor(self, readable):
-        images = [images for _, images, _ in readable]
-        return self.processor(
-            text=[text for text, _, _ in readable],
-            images=images if any(images) else None,
-            max_length=self.max_length,
-            padding=True,
-            return_tensors="pt",
-        )
-
-    def _keep_good(self, rows, read):
-        """Return what `read` makes of the good rows, and a count of the bad ones by reason."""
-        good, skipped, message = [], Counter(), ""
-        for index, row in enumerate(rows):
-            try:
-                good.append(read(row, index))
-            except BadRowError as error:
-                if self.on_bad_row == "raise":
-                    raise
-                skipped[error.reason] += 1
-                message = str(error)
-                logger.warning("Skipped: %s", message)
-        if not good:
-            raise ValueError(
-                f"All {len(rows)} rows of a batch are bad, by reason: {dict(skipped)}. The last: {message}"
-            )
-        return good, skipped
+def _pack(batch):
+    """Put the rows of a padded batch into one sequence, in place."""
+    real = batch.pop("attention_mask").bool()  # [B, T]
+    for name in ("input_ids", "labels", "patch_mask"):
+        if name in batch:
+            batch[name] = batch[name][real].unsqueeze(0)  # [1, sum of lengths]
+    lengths = real.sum(-1)
+    batch["cu_seq_lens"] = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()  # [B + 1]
 
 
-def _decode(image):
-    """Return a fully loaded Pillow image and the bytes it was made from."""
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, str):
-        with open(image, "rb") as file:
-            image = file.read()
-    if isinstance(image, Image.Image):
-        return image, image.tobytes()
-    decoded = Image.open(io.BytesIO(image))
-    # Every pixel, now: a truncated file must fail here.
-    decoded.load()
-    return decoded, image
-
-
-__all__ = ["BAD_ROW_REASONS", "BadRowError", "CPTCollator"]
+__all__ = ["CPTCollator"]

@@ -41,10 +41,23 @@ class CPTConfig(TrainingArguments):
         max_length (`int`, *optional*, defaults to `2048`):
             Most tokens a row keeps, image tokens included. Only text is cut; an image that does not fit makes the row
             a bad one (paper: 2048; the authors' released script: 1280).
-        on_bad_row (`str`, *optional*, defaults to `"raise"`):
-            What a row that cannot be used does (undecodable image, placeholders and images that differ in number,
-            empty text, images that do not fit): `"raise"` a `ValueError` naming it, or `"skip"` it and count it, by
-            reason, in the logs.
+        max_cost (`int`, *optional*):
+            With a [`trainers.CPTMixture`]: fill micro-batches up to this cost, `text + 4 * image tokens + 2 * images`
+            of each row, instead of taking `per_device_train_batch_size` rows (paper: about 12,800).
+        packing (`bool`, *optional*, defaults to `False`):
+            Put the rows of a micro-batch into one sequence without padding, each seeing itself alone. Pays where the
+            attention path has a kernel for it (flash attention, or `sdpa` in half precision on a GPU).
+        shuffle_window (`int`, *optional*, defaults to `256`):
+            With a [`trainers.CPTMixture`]: rows that a reader holds, and chooses from when it fills a micro-batch with
+            rows of like length. Larger: less padding and more shuffling of streams; each row held is its encoded images
+            in memory, a reader a worker.
+        on_bad_row (`str`, *optional*, defaults to `"skip"`):
+            What a row that cannot be used does (image that does not open, is truncated, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` or of an aspect ratio over 200; placeholders and images that differ in number;
+            empty text; images that do not fit): `"skip"` it, count it by reason in the logs and, with a
+            [`trainers.CPTMixture`], list it in `rejected.jsonl`; or `"raise"` a `ValueError` naming it.
+        max_bad_row_share (`float`, *optional*, defaults to `0.05`):
+            Stop with a `ValueError` once more than this share of all rows read (of 100, while fewer are read) is bad.
 
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
@@ -108,8 +121,25 @@ class CPTConfig(TrainingArguments):
     max_length: int = field(
         default=2048, metadata={"help": "Most tokens a row keeps, image tokens included (paper: 2048)."}
     )
+    max_cost: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fill micro-batches up to this cost (text + 4 * image tokens + 2 * images; paper: 12800), instead "
+            "of per_device_train_batch_size rows."
+        },
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Rows of a micro-batch stand in one sequence without padding."}
+    )
+    shuffle_window: int = field(
+        default=256, metadata={"help": "Rows that a reader holds and fills micro-batches from."}
+    )
+    max_bad_row_share: float = field(
+        default=0.05,
+        metadata={"help": "Stop once a larger share of all rows read is bad, even if bad rows are skipped."},
+    )
     on_bad_row: str = field(
-        default="raise",
+        default="skip",
         metadata={
             "help": "What a row that cannot be used does: 'raise' an error naming it, or 'skip' it and count it in the "
             "logs.",
@@ -132,6 +162,15 @@ class CPTConfig(TrainingArguments):
             raise ValueError(f"mae_loss_weight must be at least 0, got {self.mae_loss_weight}.")
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}.")
+        if self.max_cost is not None and self.max_cost < self.max_length:
+            raise ValueError(
+                f"max_cost must be at least max_length={self.max_length}, the cost of the longest row, got "
+                f"{self.max_cost}."
+            )
+        if self.shuffle_window < 1:
+            raise ValueError(f"shuffle_window must be at least 1, got {self.shuffle_window}.")
+        if not 0.0 <= self.max_bad_row_share <= 1.0:
+            raise ValueError(f"max_bad_row_share must lie in [0, 1], got {self.max_bad_row_share}.")
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns=True would drop the columns 'text' and 'images' before the collator sees them; "

@@ -7,7 +7,7 @@ from PIL import Image
 
 from modeling_moca.chat_moca import PLACEHOLDER
 
-from .cpt_collator import COLUMNS
+from .cpt_rows import COLUMNS
 
 FEATURES = datasets.Features(
     {"text": datasets.Value("string"), "images": datasets.List(datasets.Value("binary"))},

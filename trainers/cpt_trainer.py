@@ -7,8 +7,9 @@ import torch
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from .cpt_collator import BAD_ROW_REASONS, CPTCollator
+from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
+from .cpt_rows import BAD_ROW_REASONS
 from .masking import IGNORE_INDEX
 
 

@@ -127,37 +127,87 @@ def mask_patches(
     ... )
     ```
     """
+    patch_mask = choose_patches(image_tokens, ratio=ratio, generators=generators)
+    masked, patch_labels = hide_patches(
+        pixel_values,
+        chosen=patch_mask[image_tokens],
+        counts=patch_mask.sum(-1).tolist(),
+        num_patches_per_token=num_patches_per_token,
+        generators=generators,
+        noise=noise,
+    )
+    return masked, patch_mask, patch_labels
+
+
+def choose_patches(image_tokens: torch.Tensor, *, ratio: float, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Choose each image token with probability `ratio`: the first half of [`mask_patches`], which needs no pixels.
+
+    Args:
+        image_tokens, ratio, generators: see [`mask_patches`].
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch_size, sequence_length)`: the chosen image tokens.
+
+    Raises:
+        ValueError: `ratio` is outside [0, 1), `image_tokens` is not a bool tensor, or there is not one generator a row.
+    """
     _check_ratio("ratio", ratio)
-    if noise not in PATCH_NOISES:
-        raise ValueError(f"noise must be one of {list(PATCH_NOISES)}, got {noise!r}.")
     _check_mask("image_tokens", image_tokens, image_tokens.shape)
     _check_generators(generators, image_tokens.shape[0])
-    num_image_tokens = int(image_tokens.sum())
+    return _choose(image_tokens, ratio, generators)  # [B, T]
+
+
+def hide_patches(
+    pixel_values: torch.Tensor,
+    *,
+    chosen: torch.Tensor,
+    counts: Sequence[int],
+    num_patches_per_token: int,
+    generators: Sequence[torch.Generator],
+    noise: str = "per_patch",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put noise in the place of the pixels of chosen image tokens: the second half of [`mask_patches`].
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(num_patches, patch_dim)`): patches of all image tokens of the batch;
+            left as they are.
+        chosen (`torch.BoolTensor` of shape `(num_image_tokens,)`): which of them are hidden.
+        counts (`Sequence[int]`): how many are hidden in each row of the batch; their sum is that of `chosen`.
+        num_patches_per_token, noise: see [`mask_patches`].
+        generators (`Sequence[torch.Generator]`): one a row, on the device of `pixel_values`.
+
+    Returns:
+        `tuple`: masked `pixel_values`; `patch_labels` of shape `(num_chosen, num_patches_per_token, patch_dim)`.
+
+    Raises:
+        ValueError: `noise` is unknown, or image tokens and rows of `pixel_values` do not belong together.
+    """
+    if noise not in PATCH_NOISES:
+        raise ValueError(f"noise must be one of {list(PATCH_NOISES)}, got {noise!r}.")
+    num_image_tokens, patch_dim = chosen.shape[0], pixel_values.shape[-1]
     if num_image_tokens * num_patches_per_token != pixel_values.shape[0]:
         raise ValueError(
             f"{num_image_tokens} image tokens own {num_image_tokens * num_patches_per_token} rows of pixel_values "
             f"({num_patches_per_token} each), got {pixel_values.shape[0]} rows."
         )
-    patch_mask = _choose(image_tokens, ratio, generators)  # [B, T]
-    patch_dim = pixel_values.shape[-1]
+    device = pixel_values.device
     if noise == "per_patch":
         # One draw a row of the batch, sized by that row alone.
-        counts = patch_mask.sum(-1).tolist()
         replacement = torch.cat(
             [
-                torch.randn(count, num_patches_per_token, patch_dim, generator=generator)
+                torch.randn(count, num_patches_per_token, patch_dim, generator=generator, device=device)
                 for count, generator in zip(counts, generators, strict=True)
             ]
         )  # [n, m*m, P]
     else:
-        replacement = torch.randn(patch_dim, generator=generators[0])  # [P], broadcast over tokens and patches
+        # Broadcast over tokens and patches.
+        replacement = torch.randn(patch_dim, generator=generators[0], device=device)  # [P]
 
     grouped = pixel_values.unflatten(0, (num_image_tokens, num_patches_per_token))  # [N, m*m, P]
-    chosen = patch_mask[image_tokens]  # [N], in the order of the image tokens
     patch_labels = grouped[chosen]  # [n, m*m, P]
     masked = grouped.clone()
     masked[chosen] = replacement.to(pixel_values.dtype)
-    return masked.flatten(0, 1), patch_mask, patch_labels
+    return masked.flatten(0, 1), patch_labels
 
 
 def _choose(candidates, ratio, generators):
@@ -186,4 +236,12 @@ def _check_generators(generators, batch_size):
         raise ValueError(f"One generator a row is needed: got {len(generators)} for {batch_size} rows.")
 
 
-__all__ = ["IGNORE_INDEX", "PATCH_NOISES", "mask_patches", "mask_tokens", "row_generator"]
+__all__ = [
+    "IGNORE_INDEX",
+    "PATCH_NOISES",
+    "choose_patches",
+    "hide_patches",
+    "mask_patches",
+    "mask_tokens",
+    "row_generator",
+]

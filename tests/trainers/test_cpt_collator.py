@@ -2,14 +2,17 @@
 
 import io
 import logging
+import struct
+import zlib
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from tests.tiny import IMAGE, tiny_processor, tiny_tokenizer
 from tests.trainers.cpt_rows import encoded_image, make_row, make_rows
-from trainers.cpt_collator import BAD_ROW_REASONS, CPTCollator
+from trainers.cpt_collator import CPTCollator
+from trainers.cpt_rows import BAD_ROW_REASONS
 
 MODEL_INPUTS = {
     "input_ids",
@@ -19,7 +22,9 @@ MODEL_INPUTS = {
     "image_grid_thw",
     "patch_mask",
     "patch_labels",
+    "skipped_rows",
 }
+TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "skipped_rows"}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +82,7 @@ def test_special_tokens_images_and_padding_are_never_chosen(padding_side, shift_
 def test_batch_without_images(processor):
     for images in ([], None):
         batch = CPTCollator(processor)([{"text": "the sea and the sky", "images": images}, {"text": "quiet hills"}])
-        assert set(batch) == {"input_ids", "attention_mask", "labels"}
+        assert set(batch) == TEXT_INPUTS
 
 
 def test_masks_do_not_depend_on_the_batch_but_on_seed_and_epoch(processor):
@@ -126,7 +131,7 @@ def test_every_form_of_an_image_gives_the_same_batch(processor):
 def test_control_tokens_in_the_text_are_characters(processor):
     text = "a text file holding <|image_pad|>, <|mask|> and <|endoftext|> as text"
     batch = CPTCollator(processor, mlm_ratio=0.0)([{"text": text}])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == TEXT_INPUTS
     assert (batch["input_ids"] > 6).all() and processor.tokenizer.decode(batch["input_ids"][0]) == text
     batch = CPTCollator(processor, mae_ratio=0.9)([{"text": text + IMAGE, "images": [encoded_image(56, 56)]}])
     assert batch["patch_mask"].sum() <= 4 == (batch["input_ids"] == processor.image_token_id).sum()
@@ -153,6 +158,13 @@ def test_ratios_of_a_batch(processor):
     assert abs(batch["patch_mask"].sum() / image_tokens.sum() - 0.6) < 0.1
 
 
+def huge_png(side):
+    """Return a small file that says it holds side x side pixels."""
+    image = encoded_image(8, 8)
+    header = b"IHDR" + struct.pack(">II", side, side) + image[24:29]
+    return image[:12] + header + struct.pack(">I", zlib.crc32(header)) + image[33:]
+
+
 def bad_rows():
     image = encoded_image(56, 56, format="JPEG")
     noise = io.BytesIO()
@@ -172,6 +184,8 @@ def bad_rows():
             {"text": IMAGE + IMAGE, "images": [image]},
             {"text": "no place", "images": [image]},
         ],
+        "decompression_bomb": [{"text": IMAGE, "images": [huge_png(side)]} for side in (10_000, 100_000)],
+        "aspect_ratio": [{"text": IMAGE, "images": [encoded_image(4020, 20)]}],
         "does_not_fit": [{"text": IMAGE * 9, "images": [encoded_image(112, 112)] * 9}],
     }
 
@@ -182,34 +196,82 @@ def test_bad_rows_raise_and_name_the_row(processor, reason):
         "empty_text": "Row 1 of the batch .* has no text",
         "undecodable_image": "Row 1 of the batch .*: image 0 cannot be decoded",
         "placeholder_mismatch": r"Row 1 of the batch .* image placeholders '.*<\|image_pad\|>.*', but . images",
-        "does_not_fit": "(?i)row 1",
+        "decompression_bomb": "Row 1 of the batch .*: image 0 is too large: .* pixels",
+        "aspect_ratio": "Row 1 of the batch .*: image 0 of 4020 x 20 pixels has an aspect ratio over 200",
+        "does_not_fit": "Row 1 of the batch .*: its images take 162 tokens, more than max_length=100",
     }
     for row in bad_rows()[reason]:
         with pytest.raises(ValueError, match=messages[reason]):
-            CPTCollator(processor, max_length=100)([make_row(0), row])
+            CPTCollator(processor, max_length=100, on_bad_row="raise")([make_row(0), row])
 
 
 def test_bad_rows_are_skipped_and_counted(processor, caplog):
     good = make_rows(3)
     bad = bad_rows()
-    collator = CPTCollator(processor, max_length=100, on_bad_row="skip")
+    collator = CPTCollator(processor, max_length=100)
     mixed = [good[0], *bad["empty_text"], *bad["does_not_fit"], good[1], *bad["undecodable_image"], good[2]]
     with caplog.at_level(logging.WARNING):
         batch = collator(mixed)
     counts = dict(zip(BAD_ROW_REASONS, batch.pop("skipped_rows").tolist()))
-    assert counts == {
+    assert {reason: count for reason, count in counts.items() if count} == {
         "empty_text": 2,
         "undecodable_image": 4,
-        "placeholder_mismatch": 0,
         "does_not_fit": 1,
     }
     assert len(caplog.records) == 7
-    for name, tensor in CPTCollator(processor, max_length=100)(good).items():
+    alone = CPTCollator(processor, max_length=100)(good)
+    assert not alone.pop("skipped_rows").any()
+    for name, tensor in alone.items():
         assert torch.equal(batch[name], tensor), name
-    with pytest.raises(ValueError, match="All 2 rows of a batch are bad, by reason: {'empty_text': 2}"):
-        collator(bad["empty_text"])
-    with pytest.raises(ValueError, match="All 1 rows of a batch are bad, by reason: {'does_not_fit': 1}"):
-        collator(bad["does_not_fit"])
+
+
+def test_a_batch_of_bad_rows_alone_trains_nothing_and_stays_finite(processor):
+    for packing in (False, True):
+        batch = CPTCollator(processor, packing=packing)(bad_rows()["empty_text"])
+        assert batch["skipped_rows"].sum() == 2
+        assert batch["input_ids"].tolist() == [[processor.tokenizer.pad_token_id]]
+        assert batch["labels"].tolist() == [[-100]] and "pixel_values" not in batch
+
+
+def test_packed_rows_hold_the_same_tokens_masks_and_noise(processor):
+    rows = make_rows(6)
+    padded, packed = (CPTCollator(processor, packing=packing)(rows) for packing in (False, True))
+    real = padded["attention_mask"].bool()
+    assert "attention_mask" not in packed and packed["cu_seq_lens"].dtype == torch.int32
+    assert packed["cu_seq_lens"].diff().tolist() == real.sum(-1).tolist()
+    for name in ("input_ids", "labels", "patch_mask"):
+        assert torch.equal(packed[name], padded[name][real][None]), name
+    for name in ("pixel_values", "patch_labels", "image_grid_thw"):
+        assert torch.equal(packed[name], padded[name]), name
+
+
+def test_rows_are_measured_without_decoding(processor, monkeypatch):
+    rows = make_rows(8)
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (84, 28)).save(turned, "JPEG", exif=exif)
+    rows.append({"text": "a turned picture " + IMAGE, "images": [turned.getvalue()]})
+    lengths = [int(CPTCollator(processor)([row])["attention_mask"].sum()) for row in rows]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)
+    prepared = [CPTCollator(processor).prepare(row, "here") for row in rows]
+    assert [row.num_tokens for row in prepared] == lengths
+    for row in prepared:
+        num_image_tokens = row.input_ids.count(processor.image_token_id)
+        assert row.cost == row.num_tokens + 3 * num_image_tokens + 2 * len(row.images)
+
+
+def test_a_long_row_loses_text_from_its_end_and_counts_it(processor):
+    row = make_row(2, 60, 2)
+    whole = CPTCollator(processor).prepare(row, "here")
+    limit = whole.num_tokens - 7
+    cut = CPTCollator(processor, max_length=limit).prepare(row, "here")
+    assert (cut.num_tokens, cut.num_cut_tokens, whole.num_cut_tokens) == (limit, 7, 0)
+    assert cut.input_ids == whole.input_ids[:limit] and cut.cost == limit
+    # An image at the end is kept, and text before it goes.
+    last = {"text": "the sea and the sky " * 4 + IMAGE, "images": [encoded_image(56, 56)]}
+    cut = CPTCollator(processor, max_length=10).prepare(last, "here")
+    assert cut.num_tokens == 10 and cut.input_ids.count(processor.image_token_id) == 4 and cut.input_ids[-1] == 5
 
 
 @pytest.mark.parametrize("row", [{"text": "a", "image": []}, {"images": []}, {"text": "a", "images": [], "id": 1}])

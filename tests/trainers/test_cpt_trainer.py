@@ -180,7 +180,7 @@ def test_skipped_rows_are_logged(tmp_path):
     assert first["skipped_rows"] == first["skipped_rows/empty_text"] == 1
     assert second["skipped_rows"] == 0 and "skipped_rows/empty_text" not in second
     with pytest.raises(ValueError, match="has no text"):
-        train(tmp_path, rows, per_device_train_batch_size=2)
+        train(tmp_path, rows, per_device_train_batch_size=2, on_bad_row="raise")
 
 
 def test_loss_settings_reach_the_model_and_its_folder(tmp_path, caplog):
@@ -207,6 +207,9 @@ def test_loss_settings_reach_the_model_and_its_folder(tmp_path, caplog):
         ({"on_bad_row": "ignore"}, r"on_bad_row must be one of \['raise', 'skip'\], got 'ignore'"),
         ({"mae_loss_weight": -1.0}, "mae_loss_weight must be at least 0, got -1.0"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"max_cost": 255}, "max_cost must be at least max_length=256, the cost of the longest row, got 255"),
+        ({"shuffle_window": 0}, "shuffle_window must be at least 1, got 0"),
+        ({"max_bad_row_share": 1.5}, r"max_bad_row_share must lie in \[0, 1\], got 1.5"),
         ({"remove_unused_columns": True}, "remove_unused_columns=True would drop"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False is not supported"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True is not supported"),

@@ -1,0 +1,180 @@
+"""One row of continual pre-training: checked, tokenised and measured before any image is decoded."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from modeling_moca.chat_moca import PLACEHOLDER
+from modeling_moca.images_moca import to_rgb
+
+COLUMNS = ("text", "images")
+BAD_ROW_REASONS = (
+    "empty_text",
+    "undecodable_image",
+    "placeholder_mismatch",
+    "decompression_bomb",
+    "aspect_ratio",
+    "does_not_fit",
+)
+MAX_ASPECT_RATIO = 200
+EXIF_ORIENTATION = 0x0112
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used, and why: `reason` is one of `BAD_ROW_REASONS`."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class PreparedRow:
+    """A row that is known to fit.
+
+    Args:
+        input_ids (`list[int]`): text and image tokens, cut to the maximum length.
+        images (`list`): encoded bytes or Pillow images, not decoded yet.
+        image_sizes (`list[tuple[int, int]]`): their heights and widths.
+        key (`bytes`): digest of the content; with seed and epoch it decides the row's masks.
+        num_cut_tokens (`int`): text tokens that were cut from the end.
+        cost (`int`): see [`row_cost`].
+        place (`str`): where the row stands, for messages.
+        epoch (`int`): pass over the row's data set.
+    """
+
+    input_ids: list
+    images: list
+    image_sizes: list
+    key: bytes
+    num_cut_tokens: int
+    cost: int
+    place: str
+    epoch: int = 0
+
+    @property
+    def num_tokens(self):
+        """Tokens of the row, image tokens included."""
+        return len(self.input_ids)
+
+
+def row_cost(num_tokens, num_image_tokens, num_images, max_length):
+    """Return what a row costs to compute: `text + 4 * image tokens + 2 * images`, at most `max_length` (paper).
+
+    Args:
+        num_tokens (`int`): all tokens of the row.
+        num_image_tokens (`int`): those among them that stand for patches.
+        num_images (`int`): images of the row.
+        max_length (`int`): most tokens that a row keeps.
+    """
+    return min(num_tokens - num_image_tokens + 4 * num_image_tokens + 2 * num_images, max_length)
+
+
+def prepare_row(row, processor, max_length, place):
+    """Check, tokenise and measure one row; image sizes come from the headers.
+
+    Args:
+        row (`dict`): `text` and, if any, `images`: see [`trainers.CPTCollator`].
+        processor ([`MoCaProcessor`]): tokenizer and image processor.
+        max_length (`int`): most tokens that the row keeps.
+        place (`str`): where the row stands, for messages.
+
+    Returns:
+        [`PreparedRow`]
+
+    Raises:
+        BadRowError: the row cannot be used.
+    """
+    text, images = row["text"], list(row.get("images") or [])
+    start = f"{place} ({(text or '')[:60]!r})"
+    if not text or not text.strip():
+        raise BadRowError("empty_text", f"{start} has no text.")
+    num_placeholders = text.count(PLACEHOLDER)
+    if num_placeholders != len(images):
+        raise BadRowError(
+            "placeholder_mismatch",
+            f"{start} has {num_placeholders} image placeholders {PLACEHOLDER!r}, but {len(images)} images.",
+        )
+    key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
+    sizes = []
+    for position, image in enumerate(images):
+        try:
+            images[position], content, size = _open(image)
+        except Image.DecompressionBombError as error:
+            raise BadRowError("decompression_bomb", f"{start}: image {position} is too large: {error}") from error
+        # What Pillow raises depends on the format and on where the bytes are damaged.
+        except Exception as error:
+            raise BadRowError("undecodable_image", f"{start}: image {position} cannot be decoded ({error}).") from error
+        _check_size(size, f"{start}: image {position}")
+        key.update(content)
+        sizes.append(size)
+    try:
+        input_ids, num_cut_tokens = processor.row_ids(text, sizes, max_length)
+    except ValueError as error:
+        raise BadRowError("does_not_fit", f"{start}: {error}") from error
+    num_image_tokens = input_ids.count(processor.image_token_id)
+    cost = row_cost(len(input_ids), num_image_tokens, len(images), max_length)
+    return PreparedRow(input_ids, images, sizes, key.digest(), num_cut_tokens, cost, start)
+
+
+def decode_images(row):
+    """Return the images of a prepared row as RGB Pillow images, every pixel of them read.
+
+    Args:
+        row ([`PreparedRow`]): the row.
+
+    Raises:
+        BadRowError: an image is truncated or damaged.
+    """
+    decoded = []
+    for position, image in enumerate(row.images):
+        try:
+            image = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
+            # Every pixel, now: a truncated file must fail here.
+            image.load()
+            decoded.append(to_rgb(image))
+            if decoded[-1].size[::-1] != row.image_sizes[position]:
+                raise ValueError("EXIF data behind the pixels turns it")
+        except Exception as error:
+            raise BadRowError(
+                "undecodable_image", f"{row.place}: image {position} cannot be decoded ({error})."
+            ) from error
+    return decoded
+
+
+def _open(image):
+    """Return an image as bytes or Pillow image, the bytes that tell it from others, and its height and width."""
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if isinstance(image, str):
+        with open(image, "rb") as file:
+            image = file.read()
+    if isinstance(image, Image.Image):
+        return image, image.tobytes(), _seen_size(image)
+    return image, image, _seen_size(Image.open(io.BytesIO(image)))
+
+
+def _seen_size(image):
+    width, height = image.size
+    # Not image.getexif(): for a PNG it would decode the pixels, since the data may follow them.
+    turned = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def _check_size(size, start):
+    height, width = size
+    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
+        raise BadRowError(
+            "decompression_bomb",
+            f"{start} is too large: {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS="
+            f"{Image.MAX_IMAGE_PIXELS}.",
+        )
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise BadRowError(
+            "aspect_ratio", f"{start} of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT_RATIO}."
+        )
+
+
+__all__ = ["BAD_ROW_REASONS", "COLUMNS", "BadRowError", "PreparedRow", "decode_images", "prepare_row", "row_cost"]

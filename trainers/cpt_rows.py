@@ -25,8 +25,9 @@ EXIF_ORIENTATION = 0x0112
 class BadRowError(ValueError):
     """A row that cannot be used, and why: `reason` is one of `BAD_ROW_REASONS`."""
 
-    def __init__(self, reason, message):
-        super().__init__(message)
+    def __init__(self, reason, message=None):
+        # One argument is what a loader's worker re-raises it with.
+        super().__init__(reason if message is None else message)
         self.reason = reason
 
 

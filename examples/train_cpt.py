@@ -10,11 +10,11 @@ import logging
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, set_seed
-from trl import DatasetMixtureConfig, TrlParser
+from trl import TrlParser
 
 from modeling_moca import MoCaForPreTraining, MoCaProcessor
 from trainers.cpt_config import CPTConfig
-from trainers.cpt_data import add_length, load_rows
+from trainers.cpt_mixture import CPTMixture, CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ScriptArguments:
-    """What this script itself needs: the model to start from, and limits of images and sources."""
+    """What this script itself needs: the model to start from, and limits of images."""
 
     model_name_or_path: str = field(
         default="Qwen/Qwen2.5-VL-3B-Instruct",
@@ -55,14 +55,11 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Idefics3 and SmolVLM instead: side that images are resized to before they become tiles."},
     )
-    max_rows_per_source: int | None = field(
-        default=None, metadata={"help": "Sample so many rows of each source (paper: 500000)."}
-    )
 
 
 def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    parser = TrlParser((ScriptArguments, DatasetMixtureConfig, CPTConfig))
+    parser = TrlParser((ScriptArguments, CPTMixtureConfig, CPTConfig))
     script_args, mixture, training_args = parser.parse_args_and_config()
     set_seed(training_args.seed)
 
@@ -89,23 +86,14 @@ def main():
     )
 
     with training_args.main_process_first(desc="loading the data"):
-        rows = load_rows(
-            mixture.datasets,
-            streaming=mixture.streaming,
-            max_rows_per_source=script_args.max_rows_per_source,
-            seed=training_args.seed,
-        )
-        if training_args.train_sampling_strategy == "group_by_length" and not mixture.streaming:
-            rows = add_length(rows, processor, training_args.max_length)
-    eval_rows = None
-    if mixture.test_split_size is not None:
-        if mixture.streaming:
-            raise ValueError("test_split_size needs the whole data set: it cannot go with streaming: true.")
-        split = rows.train_test_split(test_size=mixture.test_split_size, seed=training_args.seed)
-        rows, eval_rows = split["train"], split["test"]
+        rows = CPTMixture(mixture.datasets, streaming=mixture.streaming, seed=training_args.seed)
+    eval_rows = rows.split(mixture.test_split_size) if mixture.test_split_size is not None else None
 
     trainer = CPTTrainer(model, training_args, train_dataset=rows, eval_dataset=eval_rows, processing_class=processor)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    if trainer.stopped:
+        logger.info("Stopped by a signal; go on with --resume_from_checkpoint true.")
+        return
     if eval_rows is not None:
         trainer.log_metrics("eval", trainer.evaluate())
     trainer.save_model()

@@ -16,7 +16,10 @@ _EXPORTS = {
     "info_nce": "contrastive_loss",
     "CPTCollator": "cpt_collator",
     "CPTConfig": "cpt_config",
+    "CPTMixture": "cpt_mixture",
+    "CPTMixtureConfig": "cpt_mixture",
     "CPTTrainer": "cpt_trainer",
+    "DataSource": "cpt_mixture",
     "mask_patches": "masking",
     "mask_tokens": "masking",
 }

@@ -1,4 +1,4 @@
-"""Batching by cost: rows of like length fill micro-batches of nearly equal cost, none is dropped (paper section 4.1)."""
+"""Batching by cost: rows of like length fill micro-batches of nearly equal cost, and none is dropped (paper 4.1)."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ class CostBatches:
         near = sorted(self._waiting, key=lambda w: (abs(w.num_tokens - anchor.num_tokens), w.number))
         near.remove(anchor)
         chosen, left_out, cost = [anchor], [], anchor.cost
-        for place, waiting in enumerate(near):
+        for waiting in near:
             if cost + waiting.cost <= self._max_cost:
                 chosen.append(waiting)
                 cost += waiting.cost
@@ -112,9 +112,10 @@ class CostBatches:
             if cost >= FULL * self._max_cost or len(left_out) > self._window // 8:
                 break
         # Rows of like length are of like cost, too large for the gap that remains: exchange one for a costlier one.
+        others = near[len(chosen) - 1 + len(left_out) :]
         cost = self._exchange(chosen, left_out, cost, FULL)
         # Padding costs less than ranks that wait for each other: take any length before a batch is much too small.
-        self._exchange(chosen, left_out + near[place + 1 :], cost, ENOUGH)
+        self._exchange(chosen, left_out + others, cost, ENOUGH)
         return chosen
 
     def _exchange(self, chosen, others, cost, share):
@@ -157,7 +158,7 @@ class CostBatches:
         self._snapshots = deque([(state["number"], state["rows"])])
         self._num_read, self._waiting, self._exhausted = state["number"], [], False
         wanted = set(state["waiting"])
-        while self._num_read < state["num_read"]:
+        while self._num_read < state["num_read"] and not self._exhausted:
             self._read(wanted)
         if {row.number for row in self._waiting} != wanted:
             raise ValueError("The rows that waited when the state was saved are not there any more: the data changed.")

@@ -114,7 +114,8 @@ class CPTCollator:
         Returns:
             `dict` of tensors: `input_ids`, `attention_mask`, `labels` of shape `(batch_size, sequence_length)`; if any
             row has an image also `pixel_values`, `patch_mask`, `patch_labels` and `image_grid_thw` or
-            `pixel_attention_mask`, whichever the backbone takes; with `on_bad_row="skip"` also `skipped_rows` of shape
+            `pixel_attention_mask`, whichever the backbone takes; `cut_rows` of shape `(2,)`: rows that lost text to
+            `max_length`, and the tokens they lost; with `on_bad_row="skip"` also `skipped_rows` of shape
             `(len(BAD_ROW_REASONS),)`. With `packing` there is one sequence, and `cu_seq_lens` of shape
             `(num_rows + 1,)` instead of `attention_mask`. If every row is bad, the batch is one padding token without
             targets: other ranks may have rows, and expect this one to take part.
@@ -129,6 +130,8 @@ class CPTCollator:
                 rejected.append(self.reject(error))
         batch, undecodable = self.encode(prepared)
         batch = self.finish(batch)
+        cut = [row.num_cut_tokens for row in prepared if row.num_cut_tokens]
+        batch["cut_rows"] = torch.tensor([len(cut), sum(cut)])
         if self.on_bad_row == "skip":
             counts = Counter(error.reason for error in rejected + [error for _, error in undecodable])
             batch["skipped_rows"] = torch.tensor([counts[reason] for reason in BAD_ROW_REASONS])

@@ -65,6 +65,8 @@ class CPTConfig(TrainingArguments):
     > - `warmup_steps`: `0.1` instead of `0`: a tenth of all steps (paper). The schedule stays linear.
     > - `max_grad_norm`: `5.0` instead of `1.0` (paper).
     > - `logging_steps`: `10` instead of `500`: loss curves of both losses are what one watches here.
+    > - `logging_nan_inf_filter`: `False` instead of `True`: a loss that is not finite is shown, not replaced by a mean of
+    >   those before it, and no step waits for the device to look for it.
     > - `remove_unused_columns`: `False` instead of `True`: the collator needs `text` and `images`, which are no
     >   arguments of the model's forward.
     > - `label_names`: `["labels"]`: otherwise a batch without images, which has no `patch_labels`, counts as
@@ -82,6 +84,9 @@ class CPTConfig(TrainingArguments):
     max_grad_norm: float = field(default=5.0, metadata={"help": "Gradient norm to clip at (paper: 5.0)."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps; below 1, a share of all steps."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace losses that are not finite in the logs by the mean of others."}
     )
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Must stay False: the collator needs the columns `text` and `images`."}

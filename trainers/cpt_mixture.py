@@ -1,6 +1,7 @@
 """The data of continual pre-training: several sources as one endless, reproducible sequence of interleaved rows."""
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,7 +140,7 @@ class CPTMixture:
         Args:
             reader (`int`, defaults to 0): which of the readers.
             num_readers (`int`, defaults to 1): all loader's workers of all ranks.
-            num_epochs (`int`, *optional*): stop after so many epochs; without end when omitted, as always for streams.
+            num_epochs (`float`, *optional*): stop after so many epochs; without end when omitted, and for streams.
         """
         if self.streaming:
             return StreamedRows(self, reader, num_readers)
@@ -200,19 +201,28 @@ class IndexedRows:
             # Rounded at the borders between sources, so that the counts add up.
             borders = np.round(self._length * np.cumsum(weights) / weights.sum()).astype(int)
             self._counts = np.diff(borders, prepend=0)
-        self._end = None if num_epochs is None else num_epochs * self._length
+        self._end = None if num_epochs is None else math.ceil(num_epochs * self._length)
         self._order_epoch, self._permutations = None, {}
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self._end is not None and self._position >= self._end:
-            raise StopIteration
-        source, epoch, index = self.locate(self._position)
-        self._position += self._step
+        source, epoch, index = self._draw()
         content, row = interleaved(read_row(self._mixture.loaded[source], index), self._mixture.sources[source])
         return MixtureRow(self._mixture.sources[source].label, row or f"row {index}", epoch, content)
+
+    def draws(self):
+        """Yield source, epoch of the source and index of every row, without reading it."""
+        while self._end is None or self._position < self._end:
+            yield self._draw()
+
+    def _draw(self):
+        if self._end is not None and self._position >= self._end:
+            raise StopIteration
+        drawn = self.locate(self._position)
+        self._position += self._step
+        return drawn
 
     def locate(self, position):
         """Return source, epoch of the source and index of a draw (`int`)."""

@@ -1,16 +1,33 @@
 """Trainer of continual pre-training: the stock loop, with a loss that is an exact mean over the global step."""
 
+import json
 import os
 import time
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .cpt_checkpoints import (
+    MARKER,
+    RejectedRows,
+    StopCallback,
+    StopSignal,
+    check_bad_row_share,
+    find_checkpoint,
+    mark_complete,
+)
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
+from .cpt_loader import MixtureBatches, count_steps, make_loader
+from .cpt_mixture import CPTMixture
 from .cpt_rows import BAD_ROW_REASONS
 from .masking import IGNORE_INDEX
+
+# What is counted in every step, over accumulation and ranks.
+COUNTS = ("num_masked_tokens", "num_masked_patches", "num_tokens", "num_rows", "num_cut_rows", "num_cut_tokens")
 
 
 class CPTTrainer(Trainer):
@@ -18,8 +35,15 @@ class CPTTrainer(Trainer):
 
     Both losses are means over all tokens and all patches hidden in one optimisation step, over gradient accumulation
     and ranks. They are logged as `mlm_loss` and `mae_loss`, beside `num_masked_tokens`, `num_masked_patches` (rows of
-    pixels), `tokens_per_second` (not padding) and, with `on_bad_row="skip"`, `skipped_rows/<reason>`; in evaluation
-    with the prefix `eval_`. Evaluation draws the same masks every time.
+    pixels), `num_rows`, `num_cut_rows` and `num_cut_tokens` (text beyond `max_length`), `tokens_per_second` (not
+    padding) and, with `on_bad_row="skip"`, `skipped_rows/<reason>`; in evaluation with the prefix `eval_`. Evaluation
+    draws the same masks every time.
+
+    With a [`CPTMixture`] as `train_dataset` micro-batches are filled by cost, rejected rows are listed in
+    `rejected.jsonl`, and a run that is resumed goes on bit for bit, with the same number of ranks and workers.
+    Checkpoints count once they are whole: `resume_from_checkpoint=True` passes over one that was cut off while it was
+    written, and `"auto"` starts anew if there is none. SIGTERM saves a checkpoint and ends training
+    (`trainer.stopped`).
 
     Args:
         model ([`MoCaForPreTraining`]): the model; `mae_loss_weight` and `shift_labels` of `args` are written to its
@@ -32,8 +56,9 @@ class CPTTrainer(Trainer):
 
     Raises:
         ValueError: neither `processing_class` nor `data_collator` is given, more than one device a process, a model
-            that cannot be told the number of items, a mask token that model and tokenizer do not share, or
-            `compute_metrics`.
+            that cannot be told the number of items, a mask token that model and tokenizer do not share,
+            `compute_metrics`, or a streamed mixture without `max_steps`. In training: too many bad rows, or a
+            checkpoint of other data, ranks or workers.
 
     Example:
 
@@ -69,10 +94,37 @@ class CPTTrainer(Trainer):
         # The one place where the loss settings reach the model.
         model.config.mae_loss_weight = args.mae_loss_weight
         model.config.shift_labels = args.shift_labels
+        self._mixture = kwargs["train_dataset"] if isinstance(kwargs.get("train_dataset"), CPTMixture) else None
+        self._num_epochs = None
+        if self._mixture is not None:
+            # The readers go on where they stopped; there is nothing to skip.
+            args.ignore_data_skip = True
+            if args.train_sampling_strategy != "random":
+                raise ValueError(
+                    f"A mixture puts rows of like length together by itself: train_sampling_strategy must be 'random', "
+                    f"got {args.train_sampling_strategy!r}."
+                )
+            if args.max_steps <= 0:
+                if self._mixture.streaming:
+                    raise ValueError("A streamed mixture has no end: set max_steps.")
+                self._num_epochs = args.num_train_epochs
+                args.max_steps = count_steps(self._mixture, data_collator, args)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        self.add_callback(StopCallback(lambda: self.stopped, has_epochs=self._mixture is None))
+        self.stopped = False
+        self._signal = StopSignal()
+        self._start_run()
         # Plain data parallelism finds unused parameters by itself, and is spared the blank images.
         model.moca.always_use_vision = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self._start_train_window()
+
+    def get_train_dataloader(self):
+        """Return the training loader; of a mixture, one whose workers make whole micro-batches for this rank."""
+        if self._mixture is None:
+            return super().get_train_dataloader()
+        batches = MixtureBatches(
+            self._mixture, self.data_collator, self.args, self._num_epochs, self._num_batches, self._reader_states
+        )
+        return make_loader(batches, self.args)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """Return the evaluation loader; its collator stays at epoch 0, so that evaluations can be compared."""
@@ -88,17 +140,84 @@ class CPTTrainer(Trainer):
             self.data_collator.set_epoch(kwargs["epoch"])
         return super()._run_epoch(*args, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Return the batches of a step and their counts; what a mixture's batches tell about the data is kept here."""
+        return super().get_batch_samples(map(self._take_data, epoch_iterator), num_batches, device)
+
+    def _take_data(self, batch):
+        self._num_batches += 1
+        if self._mixture is None:
+            return batch
+        data, inputs = batch["data"], batch["inputs"]
+        self._reader_states = {**(self._reader_states or {}), str(data["worker"]): data["state"]}
+        step = self.state.global_step + 1
+        self._rejected += [{**row, "step": step} for row in data["rejected"]]
+        reasons = [row["reason"] for row in data["rejected"]]
+        inputs["skipped_rows"] = torch.tensor([reasons.count(reason) for reason in BAD_ROW_REASONS])
+        inputs["cut_rows"] = torch.tensor([data["num_cut_rows"], data["num_cut_tokens"]])
+        inputs["num_rows"] = data["num_rows"]
+        return inputs
+
     def _get_num_items_in_batch(self, batch_samples, device):
         """Return the tokens and the patches hidden in this step, over accumulation and ranks: int64 of shape `(2,)`."""
-        counts = torch.zeros(3 + len(BAD_ROW_REASONS), dtype=torch.int64, device=device)
-        for batch in batch_samples:
-            counts[3:] += _pop_skipped_rows(batch, device)
-            counts[:3] += _count(batch, device)
+        self._settle_counts()
+        counts = sum((self._pop_counts(batch).to(device) for batch in batch_samples), self._no_counts())
+        counts[-1] = self._signal.received
         # Ranks of one tensor-parallel group hold the same batch.
         counts = self.accelerator.reduce(counts, "sum") // self.get_tp_size()
         self._train_counts += counts
         self._train_steps += 1
+        self._unsettled = _copy_to_host(counts)
         return counts[:2]
+
+    def _settle_counts(self):
+        """Look at the counts of the last step, which have long arrived: no step waits for its own."""
+        if self._unsettled is None:
+            return
+        counts, arrived = self._unsettled
+        if arrived is not None:
+            arrived.synchronize()
+        self._unsettled = None
+        *counts, num_signals = counts.tolist()
+        self.stopped = self.stopped or num_signals > 0
+        self._num_rows += counts[COUNTS.index("num_rows")]
+        self._num_bad_rows += sum(counts[len(COUNTS) :])
+        try:
+            check_bad_row_share(self._num_bad_rows, self._num_rows, self.args.max_bad_row_share)
+        except ValueError:
+            # On all ranks, since the counts are those of all.
+            self._write_rejected()
+            raise
+
+    def _no_counts(self):
+        return torch.zeros(len(COUNTS) + len(BAD_ROW_REASONS) + 1, dtype=torch.int64, device=self.args.device)
+
+    def _pop_counts(self, batch):
+        """Return the counts of one batch, as in COUNTS, then bad rows by reason; take out what is no model input."""
+        labels = batch["labels"]
+        skipped = batch.pop("skipped_rows", labels.new_zeros(len(BAD_ROW_REASONS)))
+        cut = batch.pop("cut_rows", labels.new_zeros(2))
+        num_patches = batch["patch_labels"].shape[:2].numel() if "patch_labels" in batch else 0
+        if "num_hidden" in batch:
+            num_patches = sum(batch["num_hidden"]) * self.data_collator.patch_layout["merge_size"] ** 2
+        mask = batch.get("attention_mask")
+        num_good = batch["cu_seq_lens"].shape[0] - 1 if mask is None else mask.shape[0]
+        num_rows = batch.pop("num_rows", None)
+        numbers = [
+            (labels != IGNORE_INDEX).sum(),
+            labels.new_tensor(num_patches),
+            labels.new_tensor(labels.numel()) if mask is None else mask.sum(),
+            num_good + skipped.sum() if num_rows is None else labels.new_tensor(num_rows),
+            *cut,
+            *skipped,
+            labels.new_zeros(()),
+        ]
+        return torch.stack([number.to(labels.device) for number in numbers])
+
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        # Pixels come as bytes, and noise is drawn where they are.
+        return self.data_collator.finish(inputs) if "noise_seeds" in inputs else inputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return `mlm_loss + w * mae_loss`: this rank's share of the global mean, times the number of ranks."""
@@ -111,12 +230,12 @@ class CPTTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add this batch's summed losses and counts to the running sums; nothing is gathered."""
-        _pop_skipped_rows(inputs, "cpu")
+        self._pop_counts(inputs)
         inputs = self._without_repeated_rows(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             # Divided by 1, the losses are sums.
             outputs = model(**inputs, num_items_in_batch=inputs["labels"].new_ones(2))
-        self._eval_sums += torch.cat([_losses(outputs).cpu(), _count(inputs, "cpu")[:2]])
+        self._eval_sums += torch.cat([_losses(outputs).cpu(), self._pop_counts(inputs)[:2].cpu()])
         return None, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -157,29 +276,154 @@ class CPTTrainer(Trainer):
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
-    def train(self, *args, **kwargs):
-        """Train; see [`~transformers.Trainer.train`]."""
-        self._start_train_window()
-        return super().train(*args, **kwargs)
+    def _save_checkpoint(self, model, trial):
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save and os.path.exists(os.path.join(folder, MARKER)):
+            os.remove(os.path.join(folder, MARKER))
+        # Older checkpoints go once this one is whole, not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self._settle_counts()
+        self._write_rejected()
+        with open(os.path.join(folder, self._run_state_name()), "w", encoding="utf-8") as file:
+            json.dump(self._run_state(), file)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            rotate_checkpoints(
+                output_dir=self._get_output_dir(trial=trial),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _run_state_name(self):
+        return f"run_state_{self.args.process_index}.json"
+
+    def _run_state(self):
+        """Return what this rank needs, beside the stock checkpoint, to go on as if nothing had happened."""
+        return {
+            "settings": self._data_settings(),
+            "num_batches": self._num_batches,
+            "readers": self._reader_states,
+            "num_rows": self._num_rows,
+            "num_bad_rows": self._num_bad_rows,
+            "losses": self._train_losses.tolist(),
+            "counts": self._train_counts.tolist(),
+            "steps": self._train_steps,
+        }
+
+    def _data_settings(self):
+        if self._mixture is None:
+            return {}
+        names = (
+            "world_size",
+            "dataloader_num_workers",
+            "seed",
+            "mask_seed",
+            "shuffle_window",
+            "max_cost",
+            "max_length",
+        )
+        settings = {name: getattr(self.args, name) for name in names}
+        settings["per_device_train_batch_size"] = self.args.per_device_train_batch_size
+        settings["streaming"] = self._mixture.streaming
+        settings["sources"] = [source.label for source in self._mixture.sources]
+        if not self._mixture.streaming:
+            settings["rows"] = [len(rows) for rows in self._mixture.loaded]
+        return settings
+
+    def _load_run_state(self, folder):
+        path = os.path.join(folder, self._run_state_name())
+        if not os.path.exists(path):
+            if self._mixture is None:
+                return
+            raise ValueError(
+                f"The checkpoint has no {path}: it was saved with fewer ranks than {self.args.world_size}."
+            )
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+        now = self._data_settings()
+        changed = {
+            name: f"{state['settings'].get(name)} -> {now.get(name)}"
+            for name in sorted({*state["settings"], *now})
+            if state["settings"].get(name) != now.get(name)
+        }
+        if changed:
+            raise ValueError(f"The checkpoint {folder} goes on with other data than this run has: {changed}.")
+        self._num_batches, self._reader_states = state["num_batches"], state["readers"]
+        self._num_rows, self._num_bad_rows = state["num_rows"], state["num_bad_rows"]
+        self._train_losses += torch.tensor(state["losses"], device=self.args.device)
+        self._train_counts += torch.tensor(state["counts"], device=self.args.device)
+        self._train_steps = state["steps"]
+
+    def _write_rejected(self):
+        """Bring the bad rows of all ranks to the file, where there are any."""
+        rows, self._rejected = self._rejected, []
+        any_rows = self.accelerator.reduce(torch.tensor(len(rows), device=self.args.device), "sum").item()
+        if any_rows:
+            rows = gather_object(rows)
+            if self.is_world_process_zero():
+                self._rejected_rows.write(rows)
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """Train; see [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint; True: the newest whole one; `"auto"`:
+                the same, and from the start if there is none.
+            kwargs: `trial`, `ignore_keys_for_eval`.
+        """
+        resume = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self._start_run()
+        step = 0
+        if resume is not None:
+            self._load_run_state(resume)
+            with open(os.path.join(resume, TRAINER_STATE_NAME), encoding="utf-8") as file:
+                step = json.load(file)["global_step"]
+        if self.is_world_process_zero():
+            self._rejected_rows = RejectedRows(self.args.output_dir, step)
+        with self._signal:
+            output = super().train(resume_from_checkpoint=resume, **kwargs)
+        self._settle_counts()
+        self._write_rejected()
+        return output
 
     def log(self, logs, start_time=None):
         """Log; training logs get both losses, counts and speed since the last log, over all ranks."""
         if "loss" in logs and self.is_in_train:
             losses = self.accelerator.reduce(self._train_losses, "sum") / max(self._train_steps, 1)
             logs["mlm_loss"], logs["mae_loss"] = losses.tolist()
-            logs["num_masked_tokens"], logs["num_masked_patches"], num_tokens, *skipped = self._train_counts.tolist()
+            # From the same sums: the stock one starts anew when a run is resumed between two logs.
+            logs["loss"] = logs["mlm_loss"] + self.args.mae_loss_weight * logs["mae_loss"]
+            counts = self._train_counts.tolist()
+            named = dict(zip(COUNTS, counts))
+            num_tokens = named.pop("num_tokens")
+            logs |= named
             logs["tokens_per_second"] = num_tokens / max(time.perf_counter() - self._train_start, 1e-9)
             if self.args.on_bad_row == "skip":
+                skipped = counts[len(COUNTS) : -1]
                 logs["skipped_rows"] = sum(skipped)
-                by_reason = zip(BAD_ROW_REASONS, skipped, strict=True)
-                logs |= {f"skipped_rows/{reason}": number for reason, number in by_reason if number}
+                logs |= {f"skipped_rows/{name}": number for name, number in zip(BAD_ROW_REASONS, skipped) if number}
             self._start_train_window()
+            self._write_rejected()
         super().log(logs, start_time)
+
+    def _start_run(self):
+        self._num_batches, self._reader_states = 0, None
+        self._num_rows = self._num_bad_rows = 0
+        self._rejected, self._unsettled = [], None
+        self.stopped = self._signal.received = False
+        self._start_train_window()
 
     def _start_train_window(self):
         """Start a new stretch between two logs; sums stay on the device, so that no step waits for it."""
         self._train_losses = torch.zeros(2, device=self.args.device)  # MLM, MAE
-        self._train_counts = torch.zeros(3 + len(BAD_ROW_REASONS), dtype=torch.int64, device=self.args.device)
+        self._train_counts = self._no_counts()
         self._train_steps = 0
         self._train_start = time.perf_counter()
 
@@ -215,15 +459,15 @@ def _collator(processor, args):
     )
 
 
-def _pop_skipped_rows(batch, device):
-    return torch.as_tensor(batch.pop("skipped_rows", 0), device=device)
-
-
-def _count(batch, device):
-    """Return the hidden tokens, hidden patches and tokens of one batch: int64 of shape `(3,)`."""
-    num_patches = batch["patch_labels"].shape[:2].numel() if "patch_labels" in batch else 0
-    num_masked_tokens, num_tokens = (batch["labels"] != IGNORE_INDEX).sum(), batch["attention_mask"].sum()
-    return torch.stack([num_masked_tokens, num_tokens.new_tensor(num_patches), num_tokens]).to(device)
+def _copy_to_host(tensor):
+    """Start to copy a tensor to the host; return the copy, and an event to wait for where it takes its time."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
 
 
 def _losses(outputs):

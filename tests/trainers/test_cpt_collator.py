@@ -23,8 +23,9 @@ MODEL_INPUTS = {
     "patch_mask",
     "patch_labels",
     "skipped_rows",
+    "cut_rows",
 }
-TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "skipped_rows"}
+TEXT_INPUTS = {"input_ids", "attention_mask", "labels", "skipped_rows", "cut_rows"}
 
 
 @pytest.fixture(scope="module")

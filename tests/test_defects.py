@@ -1,8 +1,6 @@
 """Defects of the authors' released code, each confirmed there by running it: this project has none of them.
 
-The table names the test that would catch each; tests that fit nowhere else stand below it. D8 (ranks of one step with
-unrelated costs), and D14 as far as it is about incomplete groups of rows of like cost, belong to batching by cost,
-which this project does not have: rows of like length are grouped by the stock sampler, which keeps them all.
+The table names the test that would catch each; tests that fit nowhere else stand below it.
 """
 
 import ast
@@ -18,7 +16,6 @@ from tests.tiny import IMAGE, tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import encoded_image, make_row, make_rows
 from tests.trainers.test_cpt_trainer import make_config, make_model
 from trainers.cpt_collator import CPTCollator
-from trainers.cpt_data import add_length
 from trainers.cpt_trainer import CPTTrainer
 
 CAUGHT_BY = {
@@ -36,6 +33,8 @@ CAUGHT_BY = {
     "D7 every epoch repeats the same batches (stage 1)": "test_defects.py::test_d07_epochs_differ_in_their_order",
     "D7 every epoch repeats the same batches (stage 2)": "trainers/test_contrastive_sampler.py::"
     "test_order_depends_on_seed_and_epoch_only",
+    "D8 ranks of one step have unrelated costs": "trainers/test_cpt_batches.py::"
+    "test_ranks_have_the_same_cost_in_every_step",
     "D9 ranks draw the same masks": "test_defects.py::test_d09_rows_draw_masks_and_noise_of_their_own",
     "D9 epochs draw the same masks": "trainers/test_cpt_trainer.py::"
     "test_masks_differ_between_epochs_and_return_on_a_second_run",
@@ -44,6 +43,8 @@ CAUGHT_BY = {
     "D12 a negative that is empty or the positive": "trainers/test_contrastive_trainer.py::test_masked_negatives",
     "D13 cost of the raw image size": "test_defects.py::test_d13_length_is_that_of_the_resized_image",
     "D14 rows are dropped": "test_defects.py::test_d14_every_row_is_used_once_an_epoch",
+    "D14 incomplete groups of rows of like cost are dropped": "trainers/test_cpt_mixture_training.py::"
+    "test_every_row_is_used_once_an_epoch",
     "D15 going on re-initialises the MAE head": "test_defects.py::test_d15_going_on_keeps_the_mae_head",
     "D15 a published MAE head is lost": "modeling_moca/test_checkpoints.py::"
     "test_published_pretraining_checkpoint_brings_its_heads",
@@ -114,9 +115,7 @@ def recorded_batches(tmp_path, rows, **settings):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     settings = {"per_device_train_batch_size": 4, "max_steps": -1, "num_train_epochs": 2, **settings}
-    config = make_config(
-        tmp_path, train_sampling_strategy=settings.pop("train_sampling_strategy", "random"), **settings
-    )
+    config = make_config(tmp_path, train_sampling_strategy="random", **settings)
     Recorder(make_model(), config, train_dataset=rows, processing_class=tiny_processor()).train()
     return seen[: len(rows)], seen[len(rows) :]
 
@@ -171,17 +170,15 @@ def test_d13_length_is_that_of_the_resized_image():
     processor = tiny_processor(min_pixels=256 * 28 * 28, max_pixels=1024 * 28 * 28)
     row = make_row(0, 1, 1)
     row["images"] = [encoded_image(28, 28)]
-    measured = add_length(datasets.Dataset.from_list([row]), processor, 2048)[0]["length"]
+    measured = CPTCollator(processor).prepare(row, "here").num_tokens
     ids = processor(text=[row["text"]], images=[row["images"]])["input_ids"]
     assert int((ids == 3).sum()) == 256 and measured == ids.shape[1]
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
-def test_d14_every_row_is_used_once_an_epoch(strategy, tmp_path):
+def test_d14_every_row_is_used_once_an_epoch(tmp_path):
     chance = random.Random(0)
     rows = [make_row(seed, chance.randrange(2, 60), 0) for seed in range(23)]
-    dataset = add_length(datasets.Dataset.from_list(rows), tiny_processor(), 256)
-    first, second = recorded_batches(tmp_path, dataset, train_sampling_strategy=strategy)
+    first, second = recorded_batches(tmp_path, datasets.Dataset.from_list(rows))
     expected = sorted(tuple(tiny_processor()(text=[row["text"]])["input_ids"][0].tolist()) for row in rows)
     assert sorted(first) == sorted(second) == expected
 

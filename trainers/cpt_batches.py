@@ -26,7 +26,7 @@ class CostBatches:
 
     The reader holds a window of rows. Each micro-batch is built around the row whose turn it is, of rows nearest to it
     in length, until its cost reaches `max_cost`. A row's turn is its number plus a random part of the window: rows are
-    shuffled within the window, and none waits much longer than that.
+    shuffled within the window, and none waits for more batches than the window has rows.
 
     The state is exact: after `load_state_dict` the same batches follow, from rows that are read again.
 

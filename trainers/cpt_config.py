@@ -65,8 +65,8 @@ class CPTConfig(TrainingArguments):
     > - `warmup_steps`: `0.1` instead of `0`: a tenth of all steps (paper). The schedule stays linear.
     > - `max_grad_norm`: `5.0` instead of `1.0` (paper).
     > - `logging_steps`: `10` instead of `500`: loss curves of both losses are what one watches here.
-    > - `logging_nan_inf_filter`: `False` instead of `True`: a loss that is not finite is shown, not replaced by a mean of
-    >   those before it, and no step waits for the device to look for it.
+    > - `logging_nan_inf_filter`: `False` instead of `True`: a loss that is not finite is shown, not replaced by a mean
+    >   of those before it, and no step waits for the device to look for it.
     > - `remove_unused_columns`: `False` instead of `True`: the collator needs `text` and `images`, which are no
     >   arguments of the model's forward.
     > - `label_names`: `["labels"]`: otherwise a batch without images, which has no `patch_labels`, counts as

@@ -1,7 +1,9 @@
 """The loader of a mixture: every worker of every rank makes whole micro-batches from rows of its own."""
 
+import atexit
 import json
 import logging
+import os
 import signal
 
 import torch
@@ -36,6 +38,8 @@ class MixtureBatches(IterableDataset):
         super().__init__()
         self._mixture, self._collator, self._args = mixture, collator, args
         self._num_epochs, self._num_batches, self._states = num_epochs, num_batches, states
+        # In shared memory, where workers see it.
+        self._closing = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def __iter__(self):
         info = get_worker_info()
@@ -68,6 +72,18 @@ class MixtureBatches(IterableDataset):
                 },
             }
             num_read = batches.num_read
+
+    def close(self):
+        """Let workers end at a termination signal, which they ignore before."""
+        self._closing.fill_(True)
+
+    def ignore_termination(self, worker):
+        """Leave a signal to the whole process group to the trainer, which needs its workers to save and stop.
+
+        Args:
+            worker (`int`): number of the worker that this is called in.
+        """
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if self._closing else None)
 
     def _prepare(self, row):
         try:
@@ -109,6 +125,8 @@ def make_loader(batches, args):
         batches ([`MixtureBatches`]): the data set.
         args ([`trainers.CPTConfig`]): number of workers and the like.
     """
+    # Python terminates the workers of a loader that is still referred to when it exits, and waits for them.
+    atexit.register(batches.close)
     return DataLoader(
         batches,
         batch_size=None,
@@ -116,7 +134,7 @@ def make_loader(batches, args):
         num_workers=args.dataloader_num_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_ignore_termination,
+        worker_init_fn=batches.ignore_termination,
         # Its own, so that starting workers takes no draw from the model's generator.
         generator=torch.Generator(),
     )
@@ -203,11 +221,6 @@ def _report(row, error):
 
 def _as_it_is(batch):
     return batch
-
-
-def _ignore_termination(worker):
-    # A signal to the whole process group is for the trainer, which still needs its workers to save and stop.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 __all__ = ["MixtureBatches", "batch_limits", "count_steps", "make_loader"]

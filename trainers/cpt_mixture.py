@@ -124,9 +124,6 @@ class CPTMixture:
                 if source.max_rows is not None and source.max_rows < len(self.loaded[index]):
                     rows = self.loaded[index].shuffle(seed=seed)
                     self.loaded[index] = rows.select(range(source.max_rows))
-            empty = [source.label for source, rows in zip(self.sources, self.loaded) if not len(rows)]
-            if empty:
-                raise ValueError(f"These sources have no rows: {empty}.")
 
     def __len__(self):
         """Return the number of rows drawn in one epoch; streams have none."""
@@ -307,7 +304,8 @@ class _Stream:
         self._rows.set_epoch(epoch if self._max_rows is None else 0)
         if state is not None:
             self._rows.load_state_dict(state)
-        self._iterator = iter(self._rows)
+        # Not iter(self._rows): in a loader's worker it would share the rows out among workers a second time.
+        self._iterator = self._rows.iter(batch_size=1)
 
     def __next__(self):
         row = self._read()
@@ -329,7 +327,8 @@ class _Stream:
     def _read(self):
         if self._max_rows is not None and self._num_read >= self._max_rows:
             return None
-        return next(self._iterator, None)
+        batch = next(self._iterator, None)
+        return None if batch is None else {name: values[0] for name, values in batch.items()}
 
     def state_dict(self):
         return {"epoch": self._epoch, "num_read": self._num_read, "rows": self._rows.state_dict()}

@@ -85,7 +85,10 @@ class CPTTrainer(Trainer):
         if data_collator is None:
             if processing_class is None:
                 raise ValueError("CPTTrainer needs a processing_class (MoCaProcessor), or a data_collator.")
-            data_collator, self._eval_collator = (_collator(processing_class, args) for _ in range(2))
+            data_collator = _collator(processing_class, args)
+            self._eval_collator = _collator(processing_class, args)
+            # Rows that were repeated to fill a last batch are told from others by their place in it.
+            self._eval_collator.packing = False
         else:
             self._eval_collator = data_collator
             processing_class = processing_class or getattr(data_collator, "processor", None)
@@ -455,6 +458,7 @@ def _collator(processor, args):
         max_length=args.max_length,
         seed=args.seed if args.mask_seed is None else args.mask_seed,
         on_bad_row=args.on_bad_row,
+        packing=args.packing,
         ignored_columns=(args.length_column_name,),
     )
 

@@ -93,11 +93,13 @@ def test_no_row_is_dropped_and_none_comes_twice(number):
 
 def test_rows_are_shuffled_within_the_window_and_none_waits_long():
     batches = CostBatches(Rows(0), measure, MAX_COST, window=64)
-    order, longest = [], 0
-    for batch in take(batches, 300):
+    order, came, waited = [], {}, []
+    for number in range(300):
+        batch = batches.next_batch()
+        came |= dict.fromkeys(range(len(came), batches.num_read), number)
         order += [row.row for row in batch]
-        longest = max(longest, batches.num_read - min(row.row for row in batch))
-    assert order != sorted(order) and longest < 4 * 64
+        waited += [number - came[row.row] for row in batch]
+    assert order != sorted(order) and max(waited) <= 64
     other = numbers(take(CostBatches(Rows(0), measure, MAX_COST, window=64, seed=1), 20))
     assert other != numbers(take(CostBatches(Rows(0), measure, MAX_COST, window=64), 20))
 

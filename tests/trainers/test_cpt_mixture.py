@@ -213,9 +213,3 @@ def test_a_stream_with_fewer_rows_than_readers_says_so(tmp_path):
     source = write_parquet(tmp_path / "p", numbered_rows(2))
     with pytest.raises(ValueError, match="has no rows for reader 2 of 3: it has fewer rows than there are readers"):
         next(CPTMixture([source], streaming=True).read(2, 3))
-
-
-def test_an_empty_source_is_refused(tmp_path):
-    datasets.Dataset.from_list([{"text": "a"}]).select([]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(ValueError, match="These sources have no rows: "):
-        CPTMixture([DataSource("parquet", data_files=str(tmp_path / "*.parquet"))])

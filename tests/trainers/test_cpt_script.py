@@ -11,16 +11,15 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModel, AutoProcessor
-from trl import DatasetMixtureConfig, TrlParser
-from trl.scripts.utils import DatasetConfig
+from trl import TrlParser
 
 from examples import train_cpt
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
-from tests.trainers.cpt_rows import encoded_image, make_row, make_rows
+from tests.trainers.cpt_rows import make_row, make_rows
 from trainers.cpt_collator import CPTCollator
 from trainers.cpt_config import CPTConfig
-from trainers.cpt_data import add_length, load_rows
+from trainers.cpt_mixture import CPTMixtureConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -52,12 +51,11 @@ def folder(tmp_path_factory):
             {"path": "parquet", "data_files": "rows/text.parquet"},
         ],
         "learning_rate": 1.0e-3,
-        "per_device_train_batch_size": 2,
+        "max_cost": 256,
         "max_steps": 50,
         "logging_steps": 1,
         "save_strategy": "no",
         "test_split_size": 0.25,
-        "train_sampling_strategy": "group_by_length",
         "use_cpu": True,
         "report_to": "none",
         "output_dir": "output",
@@ -144,59 +142,15 @@ def test_script_refuses_what_it_does_not_know(folder, monkeypatch):
         main(monkeypatch, "--config", "cpt.yaml", "--streaming", "true")
 
 
-@pytest.mark.parametrize("name", ["cpt_qwen2_5_vl_3b.yaml", "cpt_tiny.yaml"])
+@pytest.mark.parametrize("name", ["cpt_qwen2_5_vl_3b.yaml", "cpt_reference_3b.yaml", "cpt_tiny.yaml"])
 def test_shipped_configurations_parse(name):
-    parser = TrlParser((train_cpt.ScriptArguments, DatasetMixtureConfig, CPTConfig))
+    parser = TrlParser((train_cpt.ScriptArguments, CPTMixtureConfig, CPTConfig))
     path = str(REPOSITORY / "examples" / "configs" / name)
     script, mixture, config = parser.parse_args_and_config(["--config", path, "--use_cpu", "true"])
     assert mixture.datasets and config.max_steps > 0 and script.dtype == "float32"
-    if name.startswith("cpt_qwen"):
+    if name == "cpt_qwen2_5_vl_3b.yaml":
+        assert mixture.streaming and config.max_cost == 12_800
+        assert len(mixture.datasets) == 10 and all(source.max_rows == 500_000 for source in mixture.datasets)
         assert (config.learning_rate, config.max_grad_norm, config.warmup_steps) == (2e-6, 5.0, 0.1)
         assert (config.mlm_ratio, config.mae_ratio, config.mae_loss_weight) == (0.4, 0.5, 0.5)
         assert (script.min_pixels, script.max_pixels) == (256 * 28 * 28, 1024 * 28 * 28)
-
-
-def sources(folder):
-    return [
-        DatasetConfig(path="parquet", data_files=str(folder / "rows" / name))
-        for name in ("mixed.parquet", "text.parquet")
-    ]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_sources_are_mixed_whole(folder, streaming):
-    rows = list(load_rows(sources(folder), streaming=streaming))
-    expected = make_rows(8) + [{"text": make_row(seed, 8, 0)["text"], "images": []} for seed in range(4)]
-    assert {tuple(row) for row in rows} == {("text", "images")}
-    assert sorted((row["text"], row["images"]) for row in rows) == sorted(
-        (row["text"], row["images"]) for row in expected
-    )
-    few = list(load_rows(sources(folder), streaming=streaming, max_rows_per_source=3))
-    assert len(few) == 6 and sum(bool(row["images"]) for row in few) <= 3
-
-
-def test_image_columns_come_as_bytes(tmp_path):
-    image = encoded_image(56, 28)
-    features = datasets.Features({"text": datasets.Value("string"), "images": datasets.List(datasets.Image())})
-    rows = datasets.Dataset.from_list([{"text": "a", "images": [{"bytes": image, "path": None}]}], features=features)
-    rows.to_parquet(tmp_path / "rows.parquet")
-    for streaming in (False, True):
-        source = DatasetConfig(path="parquet", data_files=str(tmp_path / "rows.parquet"))
-        assert list(load_rows([source], streaming=streaming)) == [{"text": "a", "images": [image]}]
-
-
-def test_loading_refuses(tmp_path):
-    with pytest.raises(ValueError, match="No data set is given"):
-        load_rows([])
-    datasets.Dataset.from_list([{"texts": "a"}]).to_parquet(tmp_path / "rows.parquet")
-    source = DatasetConfig(path="parquet", data_files=str(tmp_path / "rows.parquet"))
-    with pytest.raises(ValueError, match=r"Source 'parquet' has no column 'text'; its columns are \['texts'\]"):
-        load_rows([source])
-
-
-def test_length_counts_the_tokens_of_the_batch():
-    processor, rows = tiny_processor(), make_rows(6)
-    measured = add_length(datasets.Dataset.from_list(rows), processor, max_length=256)
-    for row in measured:
-        length = row.pop("length")
-        assert length == CPTCollator(processor)([row])["attention_mask"].sum()

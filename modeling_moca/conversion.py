@@ -147,7 +147,7 @@ def _fill_heads(model, stock, published_head, source):
     lm_head = stock.get_output_embeddings()
     if lm_head is None:
         raise ValueError(f"{source} has no lm_head, which masked language modelling needs: give the full model.")
-    model.mlm_head.lm_head = lm_head
+    model.set_output_embeddings(lm_head)
     layers = model.moca.language_model.layers
     head = model.mae_head
     if head.proj.weight.is_meta:

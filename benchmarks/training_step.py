@@ -1,4 +1,4 @@
-"""A training step of continual pre-training: stock parts as one would first put them together, and this project's model.
+"""A training step of continual pre-training: stock parts, as one would first put them together, and this project's.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --shape 3b --device cuda
@@ -12,9 +12,9 @@ same rows, masks and starting weights and compute the same losses, which are pri
 - `by length`: `MoCaForPreTraining` on micro-batches of similar length.
 - `packed`: `MoCaForPreTraining` on one packed sequence a micro-batch, without padding.
 
-Prints a row a variant: seconds a step (median after the first), peak memory beyond what was held before the first step,
-that is beyond weights and input, the gradients and AdamW's two moments included (resident memory of the process;
-on CUDA `max_memory_allocated`), both as a ratio to `stock`, and the model FLOPs utilisation where the GPU's peak is known.
+Prints a row a variant: seconds a step (median after the first), the peak of memory beyond what was held before the first
+step, that is beyond weights and input but with gradients and AdamW's two moments (resident memory of the process; on
+CUDA `max_memory_allocated`), both as a ratio to `stock`, and the model FLOPs utilisation where the GPU's peak is known.
 """
 
 import argparse
@@ -38,7 +38,6 @@ from trainers.flops import peak_flops, step_flops
 VARIANTS = ("stock", "by length", "packed")
 VISION_START, IMAGE_TOKEN, VISION_END, MASK = 2, 3, 5, 6
 MAE_WEIGHT = 0.5
-# dtype, number of tokens, rows of a micro-batch, shortest and longest row, patches on a side of an image
 SHAPES = {
     "small": {"dtype": "float32", "tokens": 2048, "batch_rows": 8, "shortest": 16, "longest": 256, "image_side": 8},
     "3b": {"dtype": "bfloat16", "tokens": 16384, "batch_rows": 4, "shortest": 128, "longest": 2048, "image_side": 32},
@@ -240,7 +239,7 @@ def run(args, variant):
     )
     config = make_config(args)
     model = make_model(args, variant, config)
-    # In place on a GPU; with several tensors at a time AdamW holds as many copies.
+    # With many tensors at a time AdamW holds copies of as many.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, foreach=False)
     dtype = getattr(torch, args.dtype)
     for batch in batches:
@@ -324,10 +323,15 @@ def main():
         if result["peak_flops"]:
             utilisation = f"{result['flops'] / result['seconds'] / result['peak_flops']:.1%}"
         losses = ", ".join(f"{loss:.5f}" for loss in result["losses"][:2])
-        print(
-            f"| {variant} | {result['positions']} | {result['seconds']:.2f} | {faster} | {result['memory'] / 1e9:.2f} | "
-            f"{share} | {utilisation} | {losses} |"
-        )
+        cells = [
+            variant,
+            result["positions"],
+            f"{result['seconds']:.2f}",
+            faster,
+            f"{result['memory'] / 1e9:.2f}",
+            share,
+        ]
+        print("| " + " | ".join(map(str, [*cells, utilisation, losses])) + " |")
 
 
 if __name__ == "__main__":

@@ -37,9 +37,9 @@ def batch_of(config, images=True):
 
 
 def counted(model, batch):
-    """FLOPs of forward and backward pass as torch counts them; eager attention is matrix products it knows."""
+    """FLOPs of forward and backward pass as torch counts them: of eager attention and of logits, which it knows."""
     with FlopCounterMode(display=False) as counter:
-        model(**batch).loss.backward()
+        model(**batch, return_logits=True).loss.backward()
     model.zero_grad()
     return counter.get_total_flops()
 

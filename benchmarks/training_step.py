@@ -12,9 +12,10 @@ same rows, masks and starting weights and compute the same losses, which are pri
 - `by length`: `MoCaForPreTraining` on micro-batches of similar length.
 - `packed`: `MoCaForPreTraining` on one packed sequence a micro-batch, without padding.
 
-Prints a row a variant: seconds a step (median after the first), the peak of memory beyond what was held before the first
-step, that is beyond weights and input but with gradients and AdamW's two moments (resident memory of the process; on
-CUDA `max_memory_allocated`), both as a ratio to `stock`, and the model FLOPs utilisation where the GPU's peak is known.
+Prints a row a variant: seconds a step (median after the first), the peak of memory beyond what was held before the
+first step, that is beyond weights and input but with gradients and AdamW's two moments (resident memory of the process;
+on CUDA `max_memory_allocated`), both as a ratio to `stock`, and the model FLOPs utilisation where the GPU's peak is
+known. A variant that does not run, for want of memory for instance, says why.
 """
 
 import argparse
@@ -298,11 +299,16 @@ def main():
     if args.alone:
         print(json.dumps(run(args, args.alone)))
         return
-    results = {}
+    results, reasons = {}, {}
     for variant in args.variants:
         command = [sys.executable, __file__, *sys.argv[1:], "--alone", variant]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        results[variant] = json.loads(done.stdout.splitlines()[-1])
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            results[variant] = json.loads(done.stdout.splitlines()[-1])
+        else:
+            reasons[variant] = (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+    if not results:
+        sys.exit("\n".join(f"{variant} does not run here: {reason}" for variant, reason in reasons.items()))
     first = next(iter(results.values()))
     print(f"{first['device']}, {args.dtype}, torch {torch.__version__}, shape {args.shape}, ", end="")
     print(f"{args.num_layers} layers, {args.vision_layers} vision blocks, {first['parameters'] / 1e6:.0f} M parameters")
@@ -332,6 +338,8 @@ def main():
             share,
         ]
         print("| " + " | ".join(map(str, [*cells, utilisation, losses])) + " |")
+    for variant, reason in reasons.items():
+        print(f"\n{variant} does not run here: {reason}")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ def convert(
     if isinstance(backbone, PreTrainedModel):
         if load_kwargs:
             raise ValueError(f"{sorted(load_kwargs)} only apply when a checkpoint is loaded, but a model was given.")
-        stock, source, attn_implementation = backbone, type(backbone).__name__, None
+        stock, source = backbone, type(backbone).__name__
+        # Read now: a model that is built from the same configuration sets it anew.
+        attn_implementation = backbone.config._attn_implementation
     else:
         attn_implementation = load_kwargs.get("attn_implementation")
         if attn_implementation == "flex_attention":  # ours to set: the stock class may refuse it

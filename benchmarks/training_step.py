@@ -12,7 +12,7 @@ same rows, masks and starting weights and compute the same losses, which are pri
 - `by length`: `MoCaForPreTraining` on micro-batches of similar length.
 - `packed`: `MoCaForPreTraining` on one packed sequence a micro-batch, without padding.
 
-Prints a row a variant: seconds a step (median after the first), the peak of memory beyond what was held before the
+Prints a row a variant: seconds of the fastest step after the first, the peak of memory beyond what was held before the
 first step, that is beyond weights and input but with gradients and AdamW's two moments (resident memory of the process;
 on CUDA `max_memory_allocated`), both as a ratio to `stock`, and the model FLOPs utilisation where the GPU's peak is
 known. A variant that does not run, for want of memory for instance, says why.
@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -279,7 +278,7 @@ def run(args, variant):
             sum(int(row["patch_mask"].sum()) for row in some),
         )
     return {
-        "seconds": statistics.median(seconds[1:]),
+        "seconds": min(seconds[1:]),
         "memory": peak - before,
         "losses": losses,
         "flops": flops,

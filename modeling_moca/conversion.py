@@ -61,7 +61,9 @@ def convert(
     if isinstance(backbone, PreTrainedModel):
         if load_kwargs:
             raise ValueError(f"{sorted(load_kwargs)} only apply when a checkpoint is loaded, but a model was given.")
-        stock, source, attn_implementation = backbone, type(backbone).__name__, None
+        stock, source = backbone, type(backbone).__name__
+        # Read now: a model that is built from the same configuration sets it anew.
+        attn_implementation = backbone.config._attn_implementation
     else:
         attn_implementation = load_kwargs.get("attn_implementation")
         if attn_implementation == "flex_attention":  # ours to set: the stock class may refuse it
@@ -147,7 +149,7 @@ def _fill_heads(model, stock, published_head, source):
     lm_head = stock.get_output_embeddings()
     if lm_head is None:
         raise ValueError(f"{source} has no lm_head, which masked language modelling needs: give the full model.")
-    model.mlm_head.lm_head = lm_head
+    model.set_output_embeddings(lm_head)
     layers = model.moca.language_model.layers
     head = model.mae_head
     if head.proj.weight.is_meta:

@@ -12,8 +12,9 @@ from transformers import AutoModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from .attention_moca import PackedRows
 from .base_moca import MoCaPreTrainedModel
-from .heads_moca import MoCaMAEHead, MoCaMLMHead, masked_patch_loss, masked_token_loss
+from .heads_moca import MoCaMAEHead, MoCaMLMHead, VocabularyProjection, masked_patch_loss
 from .images_moca import real_tiles
 
 
@@ -25,10 +26,11 @@ class MoCaPreTrainingOutput(ModelOutput):
         loss (`torch.Tensor`, *optional*): `mlm_loss + config.mae_loss_weight * mae_loss`.
         mlm_loss (`torch.Tensor`, *optional*): cross-entropy per chosen token.
         mae_loss (`torch.Tensor`, *optional*): mean squared error per chosen patch.
-        mlm_logits (`torch.Tensor` of shape `(num_chosen_tokens, vocab_size)`, *optional*): at chosen positions only.
+        mlm_logits (`torch.Tensor` of shape `(num_chosen_tokens, vocab_size)`, *optional*): at chosen positions only; in
+            evaluation mode or with `return_logits=True`.
         patch_predictions (`torch.Tensor` of shape `(num_chosen, num_patches_per_token, patch_dim)`, *optional*).
         last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`).
-        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`).
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`, `(num_rows, hidden_size)` of packed rows).
     """
 
     loss: torch.Tensor | None = None
@@ -40,17 +42,24 @@ class MoCaPreTrainingOutput(ModelOutput):
     pooler_output: torch.Tensor | None = None
 
 
-def pool(hidden_states, attention_mask, pooling):
+def pool(hidden_states, attention_mask, pooling, rows=None):
     """Pool token states into one vector a row, the mean in float32 or better (paper section 3.2).
 
     Args:
         hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): final-normed states.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
         pooling (`str`): `"mean"` over non-padding tokens, image tokens included, or `"last"` non-padding token.
+        rows ([`PackedRows`], *optional*): the rows of a packed sequence, each of which gets its own vector.
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, hidden_size)`, in the dtype of `hidden_states`.
+        `torch.Tensor` of shape `(batch_size, hidden_size)`, `(num_rows, hidden_size)` of packed rows, in the dtype of
+        `hidden_states`.
     """
+    if rows is not None:
+        if pooling == "last":
+            return hidden_states[0, rows.ends]  # [R, d]
+        precise = hidden_states[0].to(torch.promote_types(hidden_states.dtype, torch.float32))  # [T, d]
+        return torch.stack([row.mean(0) for row in precise.split(rows.lengths)]).to(hidden_states.dtype)
     if attention_mask is None:
         attention_mask = hidden_states.new_ones(hidden_states.shape[:2], dtype=torch.long)
     if pooling == "mean":
@@ -110,19 +119,29 @@ class MoCaModel(MoCaPreTrainedModel):
         """The text transformer inside the backbone."""
         return self.backbone.get_decoder()
 
-    def get_position_ids(self, input_ids, attention_mask=None, image_grid_thw=None):
+    def get_position_ids(self, input_ids, attention_mask=None, image_grid_thw=None, cu_seq_lens=None):
         """Return rotary positions, as the backbone counts them.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 0 at padding.
             image_grid_thw (`torch.LongTensor` of shape `(num_images, 3)`, *optional*): patches in time, height, width.
+            cu_seq_lens (`torch.IntTensor` of shape `(num_rows + 1,)`, *optional*): bounds of packed rows, in each of
+                which positions start again.
 
         Returns:
             `torch.LongTensor` of shape `(3, batch_size, sequence_length)`: temporal, height and width for image tokens,
             the same number thrice for text (Qwen-VL); or `(batch_size, sequence_length)`, one after the other
             (Idefics3, SmolVLM).
+
+        Raises:
+            ValueError: `cu_seq_lens` does not fit the input, see [`MoCaModel.forward`].
         """
+        rows = PackedRows.of(cu_seq_lens, input_ids, attention_mask)
+        if rows is not None:
+            batch, mask = rows.unpack(input_ids)  # [R, L], [R, L]
+            positions = self.get_position_ids(batch, mask.long(), image_grid_thw)  # [3, R, L] or [R, L]
+            return positions[..., mask].unsqueeze(-2)  # [3, 1, T] or [1, T]
         if self.config.pixel_layout == "tiles":
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # [T]
             return positions.expand(input_ids.shape)
@@ -141,6 +160,7 @@ class MoCaModel(MoCaPreTrainedModel):
         image_grid_thw=None,
         position_ids=None,
         pixel_attention_mask=None,
+        cu_seq_lens=None,
         **kwargs,
     ):
         """Return token states and one pooled, not yet normalised vector a row.
@@ -159,18 +179,26 @@ class MoCaModel(MoCaPreTrainedModel):
                 the input when omitted.
             pixel_attention_mask (`torch.Tensor` of shape `(batch_size, num_tiles, side, side)`, *optional*): 0 where a
                 tile is padded; for backbones that take tiles.
+            cu_seq_lens (`torch.IntTensor` of shape `(num_rows + 1,)`, *optional*): 0, then the end of every row, where
+                `input_ids` of shape `(1, sequence_length)` hold several rows one after another, without padding and
+                `attention_mask`. Rows never see each other, and positions start again in each. Images come in the
+                order of the rows; tiles may be in one row or in as many as there are.
             kwargs: `output_hidden_states`, `output_attentions`.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(batch_size, sequence_length, hidden_size)`,
-            `pooler_output` of shape `(batch_size, hidden_size)`.
+            `pooler_output` of shape `(batch_size, hidden_size)`, or `(num_rows, hidden_size)` of packed rows.
 
         Raises:
-            ValueError: image tokens and images do not belong together.
+            ValueError: image tokens and images do not belong together; `cu_seq_lens` does not rise from 0 to the
+                sequence length, cuts an image, or comes with an attention mask or a batch size other than 1.
         """
+        rows = PackedRows.of(cu_seq_lens, input_ids, attention_mask)
         has_images = self._check_images(input_ids, pixel_values, image_grid_thw)
+        if has_images and rows is not None:
+            self._check_rows_of_images(rows, input_ids, pixel_values, image_grid_thw)
         if position_ids is None:
-            position_ids = self.get_position_ids(input_ids, attention_mask, image_grid_thw)
+            position_ids = self.get_position_ids(input_ids, attention_mask, image_grid_thw, cu_seq_lens)
         images = {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
         if self.config.pixel_layout == "tiles":
             # Padding alone is left out: a stock model takes one blank tile for an image where no row has any.
@@ -178,7 +206,10 @@ class MoCaModel(MoCaPreTrainedModel):
         # config.bidirectional is the one truth; the layers read the copy in the text configuration.
         self.language_model.config.is_causal = not self.config.bidirectional
         kwargs = {name: value for name, value in kwargs.items() if name.startswith("output_")}
-        with self._vision_in_use() if self.always_use_vision and not has_images else nullcontext():
+        with (
+            self._vision_in_use() if self.always_use_vision and not has_images else nullcontext(),
+            self._within_rows(rows) if rows is not None else nullcontext(),
+        ):
             outputs = self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -190,7 +221,7 @@ class MoCaModel(MoCaPreTrainedModel):
         hidden_states = outputs.last_hidden_state  # [B, T, d]
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=pool(hidden_states, attention_mask, self.config.pooling),
+            pooler_output=pool(hidden_states, attention_mask, self.config.pooling, rows),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -233,6 +264,43 @@ class MoCaModel(MoCaPreTrainedModel):
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def _within_rows(self, rows):
+        """Hand the rows of a packed sequence to the language model.
+
+        Past the backbone's own forward, which would give the same arguments to the vision tower.
+        """
+
+        def add(module, args, kwargs):
+            embeddings = kwargs["inputs_embeds"]  # [1, T, d]
+            mask, packing = rows.attention_inputs(module.config, embeddings)
+            if mask is None:
+                # No mask at all would let some models look for rows in the positions and build one after all.
+                mask = torch.ones(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)  # [1, T]
+            return args, {**kwargs, "attention_mask": mask, **packing}
+
+        handle = self.language_model.register_forward_pre_hook(add, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _check_rows_of_images(self, rows, input_ids, pixel_values, image_grid_thw):
+        """Raise if an image goes over the bounds of a packed row."""
+        if self.config.pixel_layout == "tiles":
+            size = (pixel_values.shape[-1] // self.config.patch_size) ** 2 // self.config.num_patches_per_token
+            sizes = torch.full((int(real_tiles(pixel_values).sum()),), size)  # [tiles]
+        else:
+            sizes = image_grid_thw.prod(-1).cpu() // self.config.num_patches_per_token  # [images]
+        ends = {0, *sizes.cumsum(0).tolist()}
+        before = (input_ids[0] == self.config.image_token_id).cumsum(0)  # [T]
+        for row, num_tokens in enumerate(before[rows.ends].tolist()):
+            if num_tokens not in ends:
+                raise ValueError(
+                    f"cu_seq_lens cut an image: up to the end of row {row} input_ids hold {num_tokens} image tokens, "
+                    f"and the images have {sizes.tolist()}."
+                )
 
     def _check_images(self, input_ids, pixel_values, image_grid_thw):
         """Tell whether the batch has images; raise if image tokens and pixels do not belong together."""
@@ -303,7 +371,7 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
 
     def set_output_embeddings(self, value):
         """Put another vocabulary projection, `value` (`nn.Linear`), in its place."""
-        self.mlm_head.lm_head = value
+        self.mlm_head.lm_head = VocabularyProjection.of(value)
 
     def forward(
         self,
@@ -316,6 +384,8 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
         patch_labels=None,
         num_items_in_batch=None,
         pixel_attention_mask=None,
+        cu_seq_lens=None,
+        return_logits=None,
         **kwargs,
     ):
         """Return both reconstruction losses of one masked batch.
@@ -323,8 +393,8 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): chosen tokens already replaced by
                 the mask token.
-            attention_mask, pixel_values, image_grid_thw, pixel_attention_mask: as in [`MoCaModel.forward`]; chosen
-                patches already replaced by noise.
+            attention_mask, pixel_values, image_grid_thw, pixel_attention_mask, cu_seq_lens: as in
+                [`MoCaModel.forward`]; chosen patches already replaced by noise.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): original ids at chosen
                 tokens, -100 elsewhere, at the tokens' own positions (`config.shift_labels` moves the states).
             patch_mask (`torch.BoolTensor` of shape `(batch_size, sequence_length)`, *optional*): chosen image tokens.
@@ -332,32 +402,46 @@ class MoCaForPreTraining(MoCaPreTrainedModel):
                 original pixel rows of the chosen image tokens, in the order of `patch_mask`.
             num_items_in_batch (`torch.Tensor` of shape `(2,)`, *optional*): chosen tokens and chosen patches of the
                 whole optimisation step, over accumulation and ranks; this batch's own when omitted.
+            return_logits (`bool`, *optional*): return `mlm_logits`; by default in evaluation mode only, since training
+                needs less memory without.
             kwargs: taken and left aside, since generic code passes more than this model needs.
 
         Returns:
             [`MoCaPreTrainingOutput`]
 
         Raises:
-            ValueError: only one of `patch_mask` and `patch_labels` is given, or their sizes do not agree.
+            ValueError: only one of `patch_mask` and `patch_labels` is given, or their sizes do not agree; the first
+                token of a row is chosen though labels are shifted; see also [`MoCaModel.forward`].
         """
         if (patch_mask is None) != (patch_labels is None):
             missing = "patch_mask" if patch_mask is None else "patch_labels"
             raise ValueError(f"patch_mask and patch_labels belong together, but {missing} is None.")
-        position_ids = self.moca.get_position_ids(input_ids, attention_mask, image_grid_thw)
-        outputs = self.moca(input_ids, attention_mask, pixel_values, image_grid_thw, position_ids, pixel_attention_mask)
+        rows = PackedRows.of(cu_seq_lens, input_ids, attention_mask)
+        position_ids = self.moca.get_position_ids(input_ids, attention_mask, image_grid_thw, cu_seq_lens)
+        outputs = self.moca(
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            position_ids,
+            pixel_attention_mask,
+            cu_seq_lens=cu_seq_lens,
+        )
         hidden_states = outputs.last_hidden_state  # [B, T, d]
         num_tokens, num_patches = (None, None) if num_items_in_batch is None else num_items_in_batch
 
         mlm_loss = mae_loss = mlm_logits = patch_predictions = None
         if labels is not None:
-            mlm_logits, chosen_labels = self.mlm_head(hidden_states, labels, self.config.shift_labels)
-            mlm_loss = masked_token_loss(mlm_logits, chosen_labels, num_tokens)
+            return_logits = not self.training if return_logits is None else return_logits
+            mlm_loss, mlm_logits = self.mlm_head(
+                hidden_states, labels, self.config.shift_labels, num_tokens, rows, return_logits
+            )
         if patch_mask is None and self.moca.always_use_vision:
             patch_mask = torch.zeros_like(input_ids, dtype=torch.bool)
             patch_labels = hidden_states.new_zeros(0, self.config.num_patches_per_token, self.config.patch_dim)
         if patch_mask is not None:
             position_embeddings = self.moca.language_model.rotary_emb(hidden_states, position_ids)
-            patch_predictions = self.mae_head(hidden_states, attention_mask, position_embeddings, patch_mask)
+            patch_predictions = self.mae_head(hidden_states, attention_mask, position_embeddings, patch_mask, rows)
             mae_loss = masked_patch_loss(patch_predictions, patch_labels, num_patches)
         loss = mlm_loss
         if mae_loss is not None:

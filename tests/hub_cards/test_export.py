@@ -20,6 +20,7 @@ from tests.tiny import tiny_backbone, tiny_processor
 
 CHECK = Path(__file__).with_name("check_export.py")
 CODE = [
+    "attention_moca.py",
     "base_moca.py",
     "chat_moca.py",
     "configuration_moca.py",

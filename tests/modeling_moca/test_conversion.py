@@ -181,3 +181,12 @@ def test_images_that_do_not_belong_to_the_text_are_refused():
 def test_stock_model_is_registered_as_before():
     assert isinstance(tiny_backbone(), Qwen2_5_VLForConditionalGeneration)
     assert MoCaConfig().backbone_config.model_type == "qwen2_5_vl"
+
+
+@pytest.mark.parametrize("path", ["eager", "sdpa"])
+def test_loaded_model_keeps_its_attention_path(path):
+    stock = tiny_backbone()
+    stock.set_attn_implementation(path)
+    model = MoCaForPreTraining.from_backbone(stock)
+    for module in (model.moca.language_model, model.moca.backbone.visual, model.mae_head.decoder.self_attn):
+        assert module.config._attn_implementation == path

@@ -1,0 +1,134 @@
+"""Model FLOPs of a training step, and what a GPU could do at best: together they give the model FLOPs utilisation."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+
+# Dense bf16 FLOPs a second, from the vendor's data sheets (half of what they print "with sparsity").
+_PEAK_FLOPS = {
+    r"\bB200\b": 2250e12,
+    r"\bH200\b(?! NVL)": 989e12,
+    r"\bH100 PCIe\b": 756e12,
+    r"\bH100\b.*\bHBM3\b": 989e12,
+    r"\bA100\b": 312e12,
+    r"\bL40S\b": 362e12,
+    r"\bA10\b": 125e12,
+    r"\bL4\b": 121e12,
+    r"\bRTX 4090\b(?! D)": 165e12,
+}
+
+
+def peak_flops(device: torch.device | str | int) -> float | None:
+    """Return the dense bf16 FLOPs a second of a GPU, as its vendor's data sheet says.
+
+    Args:
+        device (`torch.device`, `str` or `int`): where the model runs.
+
+    Returns:
+        `float`, or None for CPUs, for GPUs that are not known here and for slices of one (MIG).
+    """
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if "MIG" in name:
+        return None
+    return next((flops for pattern, flops in _PEAK_FLOPS.items() if re.search(pattern, name)), None)
+
+
+def step_flops(
+    config,
+    row_lengths: Iterable[int],
+    image_grid_thw: Iterable[Sequence[int]] = (),
+    num_chosen_tokens: int = 0,
+    num_chosen_image_tokens: int = 0,
+) -> int:
+    """Return the model FLOPs of forward and backward pass of one batch; sum it over the batches of a step.
+
+    Counted are multiplications and additions of matrix products: three times those of the forward pass, since a product
+    has two gradients, but twice at the patch embedding, as pixels need none. Padding is not counted, nor is what
+    gradient checkpointing computes again: both cost time, but no model needs them (as in PaLM, arXiv 2204.02311,
+    appendix B). A causal model attends to half of each row's pairs of tokens.
+
+    Args:
+        config ([`MoCaConfig`]): the architecture, with a backbone of the `"rows"` layout of pixels.
+        row_lengths (iterable of `int`): tokens of each row, image tokens included, padding not.
+        image_grid_thw (iterable of three `int`): patches of each image in time, height and width.
+        num_chosen_tokens (`int`, defaults to 0): masked tokens, for which the vocabulary is scored.
+        num_chosen_image_tokens (`int`, defaults to 0): image tokens with masked patches. The MAE decoder runs on all
+            tokens of a batch that has any.
+
+    Returns:
+        `int`
+
+    Raises:
+        ValueError: the backbone takes tiles.
+
+    Example:
+
+    ```python
+    >>> step_flops(model.config, [900, 300], [(1, 32, 32)], num_chosen_tokens=200, num_chosen_image_tokens=100)
+    ```
+    """
+    if config.pixel_layout != "rows":
+        raise ValueError(
+            f"FLOPs are known for backbones that take rows of patches, got {config.backbone_config.model_type!r}."
+        )
+    row_lengths, grids = list(row_lengths), [tuple(map(int, grid)) for grid in image_grid_thw]
+    text = config.get_text_config()
+    tokens, pairs = sum(row_lengths), sum(length**2 for length in row_lengths)
+    both_ways = _text_layer(text, tokens, pairs)
+    one_way = _text_layer(text, tokens, pairs / 2)
+    forward = text.num_hidden_layers * (both_ways if config.bidirectional else one_way)
+    forward += 2 * num_chosen_tokens * text.hidden_size * text.vocab_size
+    if num_chosen_image_tokens:
+        patch_values = config.num_patches_per_token * config.patch_dim
+        forward += both_ways + 2 * num_chosen_image_tokens * text.hidden_size * patch_values
+    vision = config.backbone_config.vision_config
+    # Under another name in Qwen2-VL, where hidden_size is the language model's.
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    patch_embedding = 2 * sum(t * h * w for t, h, w in grids) * config.patch_dim * width
+    return int(3 * (forward + _vision_layers(config, width, grids)) + 2 * patch_embedding)
+
+
+def _text_layer(text, tokens, pairs):
+    """Forward FLOPs of one decoder layer: projections, attention, gated MLP."""
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    weights = text.hidden_size * (2 * queries + 2 * keys) + 3 * text.hidden_size * text.intermediate_size
+    # Scores and weighted values.
+    return 2 * tokens * weights + 4 * pairs * queries
+
+
+def _vision_layers(config, width, grids):
+    """Forward FLOPs of the vision tower after its patch embedding."""
+    vision, family = config.backbone_config.vision_config, config.backbone_config.model_type
+    patches = sum(t * h * w for t, h, w in grids)
+    mlp, out, mergers = {
+        "qwen2_vl": lambda: (2 * width * int(width * vision.mlp_ratio), vision.hidden_size, 1),
+        "qwen2_5_vl": lambda: (3 * width * vision.intermediate_size, vision.out_hidden_size, 1),
+        "qwen3_vl": lambda: (
+            2 * width * vision.intermediate_size,
+            vision.out_hidden_size,
+            1 + len(vision.deepstack_visual_indexes),
+        ),
+    }[family]()
+    whole = sum(t * (h * w) ** 2 for t, h, w in grids)
+    num_whole, pairs_in_windows = vision.depth, 0
+    if family == "qwen2_5_vl":
+        num_whole = len(set(vision.fullatt_block_indexes) & set(range(vision.depth)))
+        side = vision.window_size // vision.patch_size // config.merge_size * config.merge_size
+        pairs_in_windows = sum(t * _squares(h, side) * _squares(w, side) for t, h, w in grids)
+    attention = 4 * width * (num_whole * whole + (vision.depth - num_whole) * pairs_in_windows)
+    merged = width * config.num_patches_per_token
+    merging = 2 * mergers * patches // config.num_patches_per_token * (merged**2 + merged * out)
+    return vision.depth * 2 * patches * (4 * width**2 + mlp) + attention + merging
+
+
+def _squares(length, side):
+    """Sum of squares of the pieces of a length that is cut every `side`, the rest at the end."""
+    return length // side * side**2 + (length % side) ** 2
+
+
+__all__ = ["peak_flops", "step_flops"]

@@ -4,10 +4,10 @@
     python benchmarks/input_pipeline.py --data "rows/*.parquet" --processor Qwen/Qwen2.5-VL-3B-Instruct --workers 1 2 4
 
 "bare" opens, decodes and resizes every image on one thread, and does nothing else. "pipeline" is everything a worker of
-the trainer does with the same rows: reading, checking, tokenising, batching by cost, decoding, resizing, cutting into
-patches, masking. "stock" is bare, with the stock image processor in the place of the resize. With workers, bare runs in
-as many processes. The rows are read again and again for `--seconds`; the best of `--repeats` rounds counts, since others
-may use the machine.
+the trainer does with the same rows: reading, checking, tokenising, batching by cost, decoding, resizing, choosing
+what is masked. "stock" is bare, with the stock image processor in the place of the resize. With workers, bare runs in
+as many processes. Rows are read again and again for `--seconds`; the best of `--repeats` rounds counts, as others may
+use the machine.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from transformers.utils import is_vision_available
 
 from .chat_moca import CHAT_TEMPLATE, IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START, chat_parts
 from .configuration_moca import MoCaConfig
-from .images_moca import from_byte_rows, open_image, to_byte_rows
+from .images_moca import open_image, rows_from_bytes, to_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -387,20 +387,20 @@ class MoCaProcessor(ProcessorMixin):
 
         Args:
             images (`list[list[PIL.Image.Image]]`): RGB images of every row; at least one row has one.
-            as_bytes (`bool`, defaults to `False`): leave patches as bytes, to be normalised later by
-                [`~modeling_moca.images_moca.from_byte_rows`]; only where [`MoCaProcessor.makes_byte_rows`].
+            as_bytes (`bool`, defaults to `False`): leave `pixel_values` as bytes, to be cut and normalised later by
+                [`~modeling_moca.images_moca.rows_from_bytes`]; only where [`MoCaProcessor.makes_bytes`].
 
         Returns:
             `dict`: `pixel_values` and `image_grid_thw` or `pixel_attention_mask`, as from calling the processor.
         """
         if as_bytes:
-            return self._byte_rows(images)
+            return self._bytes(images)
         encode = self._rows_of_patches if self._layout == "rows" else self._tiles
         return encode(images, {})[0]
 
     @property
-    def makes_byte_rows(self):
-        """Whether patches can be cut before they are normalised (`bool`): a stock Qwen-VL image processor."""
+    def makes_bytes(self):
+        """Whether resizing can be parted from cutting and normalising (`bool`): a stock Qwen-VL image processor."""
         processor = self.image_processor
         return (
             type(processor).__name__ == "Qwen2VLImageProcessorPil"
@@ -433,12 +433,11 @@ class MoCaProcessor(ProcessorMixin):
             raise
 
     def _rows_of_patches(self, images, options):
-        if self.makes_byte_rows and not options:
+        if self.makes_bytes and not options:
             # The same numbers as from the stock class, several times faster: it copies every image in float64.
-            encoded = self._byte_rows(images)
-            processor = self.image_processor
-            encoded["pixel_values"] = from_byte_rows(
-                encoded["pixel_values"], processor.image_mean, processor.image_std, processor.temporal_patch_size
+            encoded = self._bytes(images)
+            encoded["pixel_values"] = rows_from_bytes(
+                encoded["pixel_values"], encoded["image_grid_thw"], self.image_processor
             )
         else:
             flat = [image for row_images in images for image in row_images]
@@ -448,19 +447,18 @@ class MoCaProcessor(ProcessorMixin):
         inputs = {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}
         return inputs, [self._image_ids(number) for number in num_tokens]
 
-    def _byte_rows(self, images):
+    def _bytes(self, images):
         # Here, since the module needs Pillow.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         size = self.image_processor.size
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        rows, grids = [], []
+        resized, grids = [], []
         for image in (image for row_images in images for image in row_images):
             height, width = smart_resize(image.height, image.width, factor=self.patch_size * self.merge_size, **limits)
-            resized = image.resize((width, height), resample=self.image_processor.resample)
-            rows.append(to_byte_rows(resized, self.patch_size, self.merge_size))
+            resized.append(image.resize((width, height), resample=self.image_processor.resample))
             grids.append((1, height // self.patch_size, width // self.patch_size))
-        return {"pixel_values": torch.cat(rows), "image_grid_thw": torch.tensor(grids)}
+        return {"pixel_values": to_bytes(resized), "image_grid_thw": torch.tensor(grids)}
 
     def _tiles(self, images, options):
         options = {**options, "return_row_col_info": True}

@@ -5,7 +5,7 @@ from collections import Counter
 
 import torch
 
-from modeling_moca.images_moca import from_byte_rows, from_patch_rows, to_patch_rows
+from modeling_moca.images_moca import from_patch_rows, rows_from_bytes, to_patch_rows
 
 from .cpt_config import ON_BAD_ROW
 from .cpt_rows import BAD_ROW_REASONS, COLUMNS, BadRowError, decode_images, prepare_row
@@ -177,7 +177,7 @@ class CPTCollator:
         if any(images):
             image_tokens = batch.pop("image_tokens")
             batch["patch_mask"] = choose_patches(image_tokens, ratio=self.mae_ratio, generators=generators)
-            batch |= self.processor.encode_images(images, as_bytes=self.processor.makes_byte_rows)
+            batch |= self.processor.encode_images(images, as_bytes=self.processor.makes_bytes)
             keys = [(row.epoch, row.key + b"/noise") for row in good]
             # Numbers, not generators: the noise is drawn where the pixels are then.
             batch["noise_seeds"] = [row_generator(self.seed, *key).initial_seed() for key in keys]
@@ -201,10 +201,7 @@ class CPTCollator:
             return batch
         pixel_values, device = batch["pixel_values"], batch["pixel_values"].device
         if pixel_values.dtype == torch.uint8:
-            processor = self.processor.image_processor
-            pixel_values = from_byte_rows(
-                pixel_values, processor.image_mean, processor.image_std, processor.temporal_patch_size
-            )
+            pixel_values = rows_from_bytes(pixel_values, batch["image_grid_thw"], self.processor.image_processor)
         masked_rows, batch["patch_labels"] = hide_patches(
             to_patch_rows(pixel_values, **self.patch_layout),
             chosen=batch.pop("chosen_image_tokens"),

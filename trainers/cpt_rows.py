@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from modeling_moca.chat_moca import PLACEHOLDER
-from modeling_moca.images_moca import to_rgb
+from modeling_moca.images_moca import EXIF_ORIENTATION, to_rgb
 
 COLUMNS = ("text", "images")
 BAD_ROW_REASONS = (
@@ -19,7 +19,6 @@ BAD_ROW_REASONS = (
     "does_not_fit",
 )
 MAX_ASPECT_RATIO = 200
-EXIF_ORIENTATION = 0x0112
 
 
 class BadRowError(ValueError):
@@ -37,7 +36,7 @@ class PreparedRow:
 
     Args:
         input_ids (`list[int]`): text and image tokens, cut to the maximum length.
-        images (`list`): encoded bytes or Pillow images, not decoded yet.
+        images (`list[PIL.Image.Image]`): opened, but not decoded yet.
         image_sizes (`list[tuple[int, int]]`): their heights and widths.
         key (`bytes`): digest of the content; with seed and epoch it decides the row's masks.
         num_cut_tokens (`int`): text tokens that were cut from the end.
@@ -132,7 +131,6 @@ def decode_images(row):
     decoded = []
     for position, image in enumerate(row.images):
         try:
-            image = image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image))
             # Every pixel, now: a truncated file must fail here.
             image.load()
             decoded.append(to_rgb(image))
@@ -146,7 +144,7 @@ def decode_images(row):
 
 
 def _open(image):
-    """Return an image as bytes or Pillow image, the bytes that tell it from others, and its height and width."""
+    """Return an image as Pillow image, not decoded, the bytes that tell it from others, and its height and width."""
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
     if isinstance(image, str):
@@ -154,7 +152,8 @@ def _open(image):
             image = file.read()
     if isinstance(image, Image.Image):
         return image, image.tobytes(), _seen_size(image)
-    return image, image, _seen_size(Image.open(io.BytesIO(image)))
+    opened = Image.open(io.BytesIO(image))
+    return opened, image, _seen_size(opened)
 
 
 def _seen_size(image):

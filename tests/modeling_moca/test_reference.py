@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser
 
 from examples import train_contrastive, train_cpt
 from modeling_moca import MoCaForPreTraining, MoCaModel
@@ -24,6 +24,7 @@ from tests.trainers.test_cpt_trainer import make_model
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_loss import info_nce
 from trainers.cpt_config import CPTConfig
+from trainers.cpt_mixture import CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer
 from trainers.masking import mask_patches, row_generator
 
@@ -45,7 +46,7 @@ CONTRASTIVE_CHOICES = {"learning_rate": (1e-5, 2e-5), "all_negatives": (True, Fa
 
 def cpt_settings(name):
     """Return the settings of a shipped file, read as the script reads them."""
-    parser = TrlParser((train_cpt.ScriptArguments, DatasetMixtureConfig, CPTConfig))
+    parser = TrlParser((train_cpt.ScriptArguments, CPTMixtureConfig, CPTConfig))
     return parser.parse_args_and_config(["--config", str(CONFIGS / name), "--use_cpu", "true", "--bf16", "false"])[2]
 
 

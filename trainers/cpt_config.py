@@ -59,6 +59,12 @@ class CPTConfig(TrainingArguments):
         max_bad_row_share (`float`, *optional*, defaults to `0.05`):
             Stop with a `ValueError` once more than this share of all rows read (of 100, while fewer are read) is bad.
 
+        > Weights
+
+        freeze_vision (`bool`, *optional*, defaults to `False`):
+            Keep the vision tower as it is: it gets neither gradients nor optimizer states. What maps its output to the
+            language model (Qwen-VL's mergers, the connector of Idefics3 and SmolVLM) goes on learning.
+
     > [!NOTE]
     > These parameters have default values different from [`~transformers.TrainingArguments`]:
     > - `learning_rate`: `2e-6` instead of `5e-5` (paper).
@@ -142,6 +148,10 @@ class CPTConfig(TrainingArguments):
     max_bad_row_share: float = field(
         default=0.05,
         metadata={"help": "Stop once a larger share of all rows read is bad, even if bad rows are skipped."},
+    )
+    freeze_vision: bool = field(
+        default=False,
+        metadata={"help": "Keep the vision tower as it is; what maps its output to the language model still learns."},
     )
     on_bad_row: str = field(
         default="skip",

@@ -7,9 +7,11 @@ import time
 import torch
 from accelerate.utils import gather_object
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .cpt_adapters import freeze_vision_tower, is_adapted, merge_adapters
 from .cpt_checkpoints import (
     MARKER,
     RejectedRows,
@@ -24,6 +26,7 @@ from .cpt_config import CPTConfig
 from .cpt_loader import MixtureBatches, count_steps, make_loader
 from .cpt_mixture import CPTMixture
 from .cpt_rows import BAD_ROW_REASONS
+from .cpt_sharding import own_class, sum_in_float32, whole_weights, without_copies
 from .masking import IGNORE_INDEX
 
 # What is counted in every step, over accumulation and ranks.
@@ -112,9 +115,16 @@ class CPTTrainer(Trainer):
                     raise ValueError("A streamed mixture has no end: set max_steps.")
                 self._num_epochs = args.num_train_epochs
                 args.max_steps = count_steps(self._mixture, data_collator, args)
+        if args.freeze_vision:
+            freeze_vision_tower(model)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
+        if is_adapted(model) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
+            raise ValueError(
+                "Adapters need whole weights on every rank: use plain data parallelism or ZeRO-2, or train all weights."
+            )
+        sum_in_float32(self.accelerator)
         self.add_callback(StopCallback(lambda: self.stopped, has_epochs=self._mixture is None))
-        self.stopped = False
+        self.stopped = self._merges_adapters = False
         self._signal = StopSignal()
         self._start_run()
         # Plain data parallelism finds unused parameters by itself, and is spared the blank images.
@@ -268,9 +278,36 @@ class CPTTrainer(Trainer):
             inputs["patch_labels"] = inputs["patch_labels"][: int(inputs["patch_mask"].sum())]
         return inputs
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Save a whole MoCa folder, which `from_pretrained` loads, also of weights that ranks share and of adapters.
+
+        Checkpoints during training hold parts, or adapters alone.
+
+        Args:
+            output_dir (`str`, *optional*): where to; the folder of the run when omitted.
+        """
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        self._merges_adapters = is_adapted(self.model)
+        try:
+            with whole_weights(self.accelerator):
+                super().save_model(output_dir)
+        finally:
+            self._merges_adapters = False
+
     def _save(self, output_dir=None, state_dict=None):
         output_dir = self.args.output_dir if output_dir is None else output_dir
-        super()._save(output_dir, state_dict)
+        model = self.model
+        if self._merges_adapters and self.args.should_save:
+            self.model, state_dict = merge_adapters(model), None
+        if state_dict:
+            state_dict = without_copies(model, state_dict)
+        try:
+            with own_class(self.model):
+                super()._save(output_dir, state_dict)
+        finally:
+            self.model = model
         # Where weights are sharded every rank comes here, and the first one writes.
         if not self.args.should_save:
             return

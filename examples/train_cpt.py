@@ -4,15 +4,20 @@
 
 Every setting stands in the YAML file or on the command line, where it wins; an unknown key is an error. The output
 folder holds model and processor, and is what stage 2 starts from.
+
+With `--use_peft true` only adapters in the language model (LoRA; with `--use_dora true` DoRA) and the MAE head learn;
+checkpoints hold these alone, and the output folder the whole, merged model. `--load_in_4bit true` or `--load_in_8bit
+true` keep the other weights quantised meanwhile: that needs bitsandbytes, and a MoCa folder to start from.
 """
 
 import logging
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, set_seed
-from trl import TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_moca import MoCaForPreTraining, MoCaProcessor
+from trainers.cpt_adapters import NEW_MODULES, add_adapters
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixture, CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer
@@ -21,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ScriptArguments:
-    """What this script itself needs: the model to start from, and limits of images."""
+class ScriptArguments(ModelConfig):
+    """What this script itself needs: the model to start from, its adapters, and limits of images."""
 
     model_name_or_path: str = field(
         default="Qwen/Qwen2.5-VL-3B-Instruct",
@@ -37,7 +42,20 @@ class ScriptArguments:
             "choices": ["float32", "bfloat16"],
         },
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2 or eager."})
+    attn_implementation: str | None = field(default="sdpa", metadata={"help": "sdpa, flash_attention_2 or eager."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that get adapters: the end of their names, or a regular expression of whole names; the "
+            "linear maps of the language model's layers when not set."
+        },
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that learn in full beside adapters; the MAE head when not set."}
+    )
+    lora_task_type: str | None = field(
+        default=None, metadata={"help": "Must stay unset: peft would put the task's forward before the model's own."}
+    )
     processor_name: str | None = field(
         default=None,
         metadata={
@@ -77,13 +95,25 @@ def main():
     load_processor = MoCaProcessor.from_pretrained if is_moca else MoCaProcessor.from_backbone
     processor = load_processor(name, revision=revision, max_length=training_args.max_length, **limits)
     load_model = MoCaForPreTraining.from_pretrained if is_moca else MoCaForPreTraining.from_backbone
+    quantized = {}
+    if (quantization := get_quantization_config(script_args)) is not None:
+        if not (is_moca and script_args.use_peft):
+            raise ValueError(
+                f"Quantised weights do not learn, and are not converted: load_in_4bit and load_in_8bit need use_peft, "
+                f"and a MoCa folder (examples/convert.py --for-training), got use_peft={script_args.use_peft}, {name}."
+            )
+        quantization.llm_int8_skip_modules = [*NEW_MODULES, "mlm_head"]
+        quantized["quantization_config"] = quantization
     model = load_model(
         name,
         revision=revision,
         mask_token_id=processor.tokenizer.mask_token_id,
         dtype=script_args.dtype,
         attn_implementation=script_args.attn_implementation,
+        **quantized,
     )
+    if (peft_config := get_peft_config(script_args)) is not None:
+        model = add_adapters(model, peft_config)
 
     with training_args.main_process_first(desc="loading the data"):
         rows = CPTMixture(mixture.datasets, streaming=mixture.streaming, seed=training_args.seed)

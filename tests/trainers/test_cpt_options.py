@@ -1,0 +1,84 @@
+"""Options that save memory or time leave the losses what they are."""
+
+import pytest
+import torch
+
+from modeling_moca import MoCaForPreTraining
+from tests.tiny import tiny_backbone, tiny_processor
+from tests.trainers.cpt_rows import make_rows
+from trainers.cpt_config import CPTConfig
+from trainers.cpt_trainer import CPTTrainer
+
+
+def run(output, **settings):
+    """Take two steps, accumulated over batches with images and without; return losses, gradient norms and the trainer."""
+    config = CPTConfig(
+        output_dir=str(output),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_steps=1,
+        max_steps=2,
+        max_length=256,
+        warmup_steps=0,
+        optim="sgd",
+        learning_rate=0.1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        **settings,
+    )
+    model = MoCaForPreTraining.from_pretrained(output.parent / "start")
+    rows = make_rows(8, images=(1, 2, 0, 0))
+    trainer = CPTTrainer(model, config, train_dataset=rows, processing_class=tiny_processor())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "mlm_loss" in entry]
+    return [[entry[name] for name in ("mlm_loss", "mae_loss", "grad_norm")] for entry in entries], trainer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("options")
+    MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6).save_pretrained(folder / "start")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return run(folder / "plain")[0]
+
+
+def test_recomputed_layers(folder, plain):
+    calls = []
+    layer = type(tiny_backbone().model.language_model.layers[0])
+    forward = layer.forward
+
+    def count(self, *args, **kwargs):
+        calls.append(self)
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(layer, "forward", count)
+        run(folder / "plain_again")
+        num_plain = len(calls)
+        ours, _ = run(folder / "recomputed", gradient_checkpointing=True)
+    assert len(calls) - num_plain == 2 * num_plain, "every layer, the MAE decoder too, must run twice"
+    assert ours == [pytest.approx(step, rel=1e-6) for step in plain]
+
+
+def test_bfloat16(folder, plain):
+    ours, trainer = run(folder / "bf16", bf16=True)
+    assert ours != plain
+    assert ours == [pytest.approx(step, rel=2e-2) for step in plain]
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_compiled(folder, plain):
+    torch._dynamo.reset()
+    ours, trainer = run(folder / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    print(dict(torch._dynamo.utils.counters["graph_break"]), dict(torch._dynamo.utils.counters["frames"]), dict(torch._dynamo.utils.counters["stats"]))
+    assert ours == [pytest.approx(step, rel=1e-5) for step in plain]
+    trainer.save_model()
+    assert MoCaForPreTraining.from_pretrained(folder / "compiled").config.architectures == ["MoCaForPreTraining"]

@@ -101,7 +101,10 @@ class MoCaModel(MoCaPreTrainedModel):
         self.backbone = AutoModel.from_config(config.backbone_config)
         if attn_implementation == "flex_attention":
             self.language_model.config._attn_implementation = "flex_attention"
-        self._no_split_modules = list(self.backbone._no_split_modules or [])
+        # Whole layers of both sides; the stock classes of tiles name the attention inside them only.
+        tower = self.backbone.get_encoder(modality="image")
+        blocks = tower.encoder.layers if hasattr(tower, "encoder") else tower.blocks
+        self._no_split_modules = [type(layers[0]).__name__ for layers in (self.language_model.layers, blocks)]
         # Set by trainers whose ranks share weights or gradients: every forward pass then uses every weight.
         self.always_use_vision = False
         self.post_init()

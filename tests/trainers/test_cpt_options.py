@@ -5,13 +5,14 @@ import torch
 
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
-from tests.trainers.cpt_rows import make_rows
+from tests.trainers.cpt_rows import make_row, make_rows
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
 
-def run(output, **settings):
-    """Take two steps, accumulated over batches with images and without; return losses, gradient norms and the trainer."""
+def run(output, rows=None, **settings):
+    """Take two steps, each over batches with images and without; return losses and gradient norms, and the trainer."""
+    settings = {"gradient_accumulation_steps": 2, **settings}
     config = CPTConfig(
         output_dir=str(output),
         use_cpu=True,
@@ -25,12 +26,11 @@ def run(output, **settings):
         optim="sgd",
         learning_rate=0.1,
         per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
         train_sampling_strategy="sequential",
         **settings,
     )
     model = MoCaForPreTraining.from_pretrained(output.parent / "start")
-    rows = make_rows(8, images=(1, 2, 0, 0))
+    rows = make_rows(8, images=(1, 2, 0, 0)) if rows is None else rows
     trainer = CPTTrainer(model, config, train_dataset=rows, processing_class=tiny_processor())
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "mlm_loss" in entry]
@@ -49,20 +49,20 @@ def plain(folder):
     return run(folder / "plain")[0]
 
 
-def test_recomputed_layers(folder, plain):
+def test_recomputed_layers(folder, plain, monkeypatch):
     calls = []
-    layer = type(tiny_backbone().model.language_model.layers[0])
-    forward = layer.forward
+    # Not the layer's own forward, around which the recomputation is.
+    attention = type(tiny_backbone().model.language_model.layers[0].self_attn)
+    forward = attention.forward
 
     def count(self, *args, **kwargs):
         calls.append(self)
         return forward(self, *args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(layer, "forward", count)
-        run(folder / "plain_again")
-        num_plain = len(calls)
-        ours, _ = run(folder / "recomputed", gradient_checkpointing=True)
+    monkeypatch.setattr(attention, "forward", count)
+    run(folder / "plain_again")
+    num_plain = len(calls)
+    ours, _ = run(folder / "recomputed", gradient_checkpointing=True)
     assert len(calls) - num_plain == 2 * num_plain, "every layer, the MAE decoder too, must run twice"
     assert ours == [pytest.approx(step, rel=1e-6) for step in plain]
 
@@ -74,11 +74,20 @@ def test_bfloat16(folder, plain):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
-def test_compiled(folder, plain):
+def test_compiled(folder, monkeypatch):
+    """Layer by layer, and on batches of one shape: each shape is compiled anew, which takes long."""
     torch._dynamo.reset()
-    ours, trainer = run(folder / "compiled", torch_compile=True, torch_compile_backend="aot_eager")
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
-    print(dict(torch._dynamo.utils.counters["graph_break"]), dict(torch._dynamo.utils.counters["frames"]), dict(torch._dynamo.utils.counters["stats"]))
-    assert ours == [pytest.approx(step, rel=1e-5) for step in plain]
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "true")
+    # The training arguments set this one, for all that comes after them.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    settings = {"rows": [make_row(0, 8, 1)] * 4, "gradient_accumulation_steps": 1}
+    expected, _ = run(folder / "not_compiled", **settings)
+    assert graphs["unique_graphs"] == 0
+    ours, trainer = run(folder / "compiled", torch_compile=True, torch_compile_backend="aot_eager", **settings)
+    assert graphs["unique_graphs"] > 0
+    assert ours == [pytest.approx(step, rel=1e-5) for step in expected]
     trainer.save_model()
-    assert MoCaForPreTraining.from_pretrained(folder / "compiled").config.architectures == ["MoCaForPreTraining"]
+    saved = MoCaForPreTraining.from_pretrained(folder / "compiled")
+    assert all(torch.equal(*pair) for pair in zip(saved.parameters(), trainer.model.parameters()))

@@ -14,9 +14,11 @@ from transformers import AutoModel, AutoProcessor
 from trl import TrlParser
 
 from examples import train_cpt
+from hub_cards.export import export
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_row, make_rows
+from trainers.contrastive_trainer import build_sentence_transformer
 from trainers.cpt_collator import CPTCollator
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixtureConfig
@@ -140,6 +142,30 @@ def test_script_refuses_what_it_does_not_know(folder, monkeypatch):
         main(monkeypatch, "--config", "typo.yaml")
     with pytest.raises(ValueError, match="test_split_size needs the whole data set"):
         main(monkeypatch, "--config", "cpt.yaml", "--streaming", "true")
+
+
+def test_adapters_from_the_command_line(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    config = yaml.safe_load((folder / "cpt.yaml").read_text())
+    config |= {"use_peft": True, "lora_r": 4, "lora_dropout": 0.1, "lora_task_type": None, "save_strategy": "steps"}
+    (folder / "lora.yaml").write_text(yaml.safe_dump({**config, "save_steps": 1, "output_dir": "adapted"}))
+    main(monkeypatch, "--config", "lora.yaml", "--max_steps", "2")
+    start = MoCaForPreTraining.from_backbone("backbone", mask_token_id=6).state_dict()
+    trained = MoCaForPreTraining.from_pretrained("adapted").state_dict()
+    moved = {name for name in start if not torch.equal(start[name], trained[name])}
+    adapted = {name for name in start if ".layers." in name and name.endswith("_proj.weight") and "visual" not in name}
+    assert moved - {name for name in start if name.startswith("mae_head")} == adapted and len(adapted) == 4 * 7
+    assert "mae_head.proj.weight" in moved
+
+    # Goes on, and the folder starts stage 2 and is exported.
+    main(monkeypatch, "--config", "lora.yaml", "--max_steps", "3", "--resume_from_checkpoint", "true")
+    assert yaml.safe_load((folder / "adapted" / "trainer_state.json").read_text())["global_step"] == 3
+    assert len(build_sentence_transformer("adapted", max_length=64).encode("a text")) == 32
+    export("adapted", folder / "exported")
+    with pytest.raises(ValueError, match="need use_peft, and a MoCa folder .*, got use_peft=True, backbone"):
+        main(monkeypatch, "--config", "lora.yaml", "--load_in_4bit", "true")
+    with pytest.raises(ValueError, match="task_type must be None, got 'CAUSAL_LM'"):
+        main(monkeypatch, "--config", "lora.yaml", "--lora_task_type", "CAUSAL_LM")
 
 
 @pytest.mark.parametrize("name", ["cpt_qwen2_5_vl_3b.yaml", "cpt_reference_3b.yaml", "cpt_tiny.yaml"])

@@ -11,6 +11,7 @@ _EXPORTS = {
     "ContrastiveTrainer": "contrastive_trainer",
     "InfoNCELoss": "contrastive_loss",
     "TaskBatchSampler": "contrastive_sampler",
+    "add_adapters": "cpt_adapters",
     "build_sentence_transformer": "contrastive_trainer",
     "convert_moca_pairs": "contrastive_data",
     "info_nce": "contrastive_loss",

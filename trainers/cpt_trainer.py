@@ -49,8 +49,8 @@ class CPTTrainer(Trainer):
     (`trainer.stopped`).
 
     Args:
-        model ([`MoCaForPreTraining`]): the model; `mae_loss_weight` and `shift_labels` of `args` are written to its
-            configuration.
+        model ([`MoCaForPreTraining`]): the model, or one with adapters ([`trainers.add_adapters`]); `mae_loss_weight`
+            and `shift_labels` of `args` are written to its configuration.
         args ([`CPTConfig`], *optional*): settings; all defaults when omitted.
         processing_class ([`MoCaProcessor`]): makes the batches, and is saved with every checkpoint.
         data_collator (`Callable`, *optional*): a [`CPTCollator`] made from `args` when omitted; one that is given
@@ -60,8 +60,8 @@ class CPTTrainer(Trainer):
     Raises:
         ValueError: neither `processing_class` nor `data_collator` is given, more than one device a process, a model
             that cannot be told the number of items, a mask token that model and tokenizer do not share,
-            `compute_metrics`, or a streamed mixture without `max_steps`. In training: too many bad rows, or a
-            checkpoint of other data, ranks or workers.
+            `compute_metrics`, a streamed mixture without `max_steps`, or adapters where ranks share weights. In
+            training: too many bad rows, or a checkpoint of other data, ranks or workers.
 
     Example:
 

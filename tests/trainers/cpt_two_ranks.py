@@ -11,21 +11,23 @@ if __name__ == "__main__":
 
 import datasets
 import torch
+from peft import LoraConfig
 
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_row
+from trainers.cpt_adapters import add_adapters
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
-SCENARIOS = ("uneven", "text", "stream")
+SCENARIOS = ("uneven", "text", "stream", "adapted")
 
 
 def run(folder, world_size, scenario):
     """Train two steps of eight rows, evaluate five rows, and return what should not depend on `world_size`."""
     torch.manual_seed(0)
     # With two ranks, rank 1 gets rows 2, 3, 6 and 7 of a step: none of its batches holds an image in "uneven".
-    images = {"uneven": (2, 1, 0, 0), "text": (0, 0, 0, 0), "stream": (0, 1, 2, 0)}[scenario]
+    images = {"uneven": (2, 1, 0, 0), "text": (0, 0, 0, 0), "stream": (0, 1, 2, 0)}.get(scenario, (2, 1, 0, 0))
     rows = [make_row(seed, 4 + 9 * (seed % 3), images[seed % 4]) for seed in range(16)]
     config = CPTConfig(
         output_dir=str(folder),
@@ -49,8 +51,9 @@ def run(folder, world_size, scenario):
         gradient_checkpointing=scenario == "uneven",
     )
     assert config.world_size == world_size, f"{config.world_size} ranks run, not {world_size}"
+    model = MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6)
     trainer = CPTTrainer(
-        MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6),
+        add_adapters(model, LoraConfig(r=4, lora_dropout=0.0)) if scenario == "adapted" else model,
         config,
         train_dataset=datasets.Dataset.from_list(rows).to_iterable_dataset() if scenario == "stream" else rows,
         eval_dataset=rows[:5],

@@ -1,48 +1,19 @@
 """Two real ranks train, log and evaluate exactly like one."""
 
 import math
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.trainers import cpt_two_ranks
-
-# MULTI_CPU would silently start one process; MULTI_GPU with use_cpu starts gloo ranks.
-LAUNCH = """
-compute_environment: LOCAL_MACHINE
-distributed_type: MULTI_GPU
-num_machines: 1
-num_processes: 2
-machine_rank: 0
-use_cpu: true
-mixed_precision: "no"
-"""
+from tests.two_ranks import start_two_ranks
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    (folder / "launch.yaml").write_text(LAUNCH)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "launch.yaml")]
-    command += ["--main_process_port", str(port), cpt_two_ranks.__file__, str(folder), "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command,
-        env=environment,
-        cwd=Path(cpt_two_ranks.__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    # MULTI_CPU would silently start one process; MULTI_GPU, as in the file, with use_cpu starts gloo ranks.
+    start_two_ranks(cpt_two_ranks.__file__, folder, 2, config="ddp")
     return torch.load(folder / "results.pt", weights_only=True)
 
 

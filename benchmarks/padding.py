@@ -4,7 +4,7 @@
     python benchmarks/padding.py --data "rows/*.parquet" --processor Qwen/Qwen2.5-VL-3B-Instruct
 
 - `plain`: rows in random order, a fixed number a micro-batch.
-- `stock`: the same number of rows by `LengthGroupedSampler` of transformers (`train_sampling_strategy: group_by_length`).
+- `stock`: the same number of rows by transformers' `LengthGroupedSampler` (`train_sampling_strategy: group_by_length`).
 - `by cost`: what the trainer does (`CostBatches`), one line a window; each of `--ranks` readers has rows of its own.
 
 Prints positions that hold padding as a share of all, the same of the square of the length (what attention costs), and
@@ -33,19 +33,22 @@ MAX_LENGTH = 2048
 
 @dataclass
 class Row:
-    """What batching asks of a row."""
+    """What batching asks of a row, and the tokens of each of its images."""
 
     num_tokens: int
     cost: int
+    image_tokens: tuple = ()
 
 
 def made_up_row(chance):
     """Return a row of one of four kinds."""
     kind, text = chance.randrange(4), int(chance.lognormvariate(5, 1))
     num_images = (1, 0, 1, 2)[kind]
-    image_tokens = (chance.randint(256, 1024), 0, 1024, 2 * chance.randint(256, 900))[kind]
-    num_tokens = min(image_tokens + 2 * num_images + (4 * text if kind == 1 else text) + 1, MAX_LENGTH)
-    return Row(num_tokens, row_cost(num_tokens, image_tokens, num_images, MAX_LENGTH))
+    size = (chance.randint(256, 1024), 0, 1024, chance.randint(256, 900))[kind]
+    num_image_tokens = num_images * size
+    num_tokens = min(num_image_tokens + 2 * num_images + (4 * text if kind == 1 else text) + 1, MAX_LENGTH)
+    cost = row_cost(num_tokens, num_image_tokens, num_images, MAX_LENGTH)
+    return Row(num_tokens, cost, (size,) * num_images)
 
 
 def measured_rows(files, processor):

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
 import datasets
 import torch
-
 from transformers import TrainerCallback
 
 from modeling_moca import MoCaForPreTraining
@@ -20,7 +19,7 @@ from tests.trainers.cpt_rows import make_row
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
-SCENARIOS = ("uneven", "text", "stream")
+SCENARIOS = ("uneven", "text", "stream", "nothing")
 ACCUMULATIONS = (1, 2, 4)
 
 
@@ -66,8 +65,11 @@ def run(folder, world_size, scenario):
     """Train two steps of eight rows, evaluate five rows, and return what should not depend on `world_size`."""
     torch.manual_seed(0)
     # With two ranks, rank 1 gets rows 2, 3, 6 and 7 of a step: none of its batches holds an image in "uneven".
-    images = {"uneven": (2, 1, 0, 0), "text": (0, 0, 0, 0), "stream": (0, 1, 2, 0)}[scenario]
+    # In "nothing" its rows are bad as well, so that nothing is drawn on it.
+    images = {"text": (0, 0, 0, 0), "stream": (0, 1, 2, 0)}.get(scenario, (2, 1, 0, 0))
     rows = [make_row(seed, 4 + 9 * (seed % 3), images[seed % 4]) for seed in range(16)]
+    if scenario == "nothing":
+        rows = [{**row, "text": " "} if seed % 4 > 1 else row for seed, row in enumerate(rows)]
     config = CPTConfig(
         output_dir=str(folder),
         use_cpu=True,
@@ -86,6 +88,7 @@ def run(folder, world_size, scenario):
         per_device_train_batch_size=4 // world_size,
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=2,
+        max_bad_row_share=1.0,
         # Recomputed layers and parameters that a rank does not use are a known bad pair under DDP.
         gradient_checkpointing=scenario == "uneven",
     )

@@ -34,7 +34,7 @@ class CostBatches:
         rows (iterator with `state_dict` and `load_state_dict`): see [`trainers.CPTMixture.read`].
         measure (`Callable`): returns a row with `num_tokens` and `cost`, or raises `BadRowError`.
         max_cost (`int`): most that a micro-batch costs. A row that costs more by itself is an error.
-        window (`int`, defaults to 256): rows held.
+        window (`int`, defaults to 512): rows held.
         seed (`int`, defaults to 0): seed of the shuffling.
 
     Example:
@@ -45,7 +45,7 @@ class CostBatches:
     ```
     """
 
-    def __init__(self, rows, measure, max_cost, window=256, seed=0):
+    def __init__(self, rows, measure, max_cost, window=512, seed=0):
         self._rows, self._measure = rows, measure
         self._max_cost, self._window, self._seed = max_cost, window, seed
         self._waiting = []

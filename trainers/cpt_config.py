@@ -47,10 +47,10 @@ class CPTConfig(TrainingArguments):
         packing (`bool`, *optional*, defaults to `False`):
             Put the rows of a micro-batch into one sequence without padding, each seeing itself alone. Pays where the
             attention path has a kernel for it (flash attention, or `sdpa` in half precision on a GPU).
-        shuffle_window (`int`, *optional*, defaults to `256`):
+        shuffle_window (`int`, *optional*, defaults to `512`):
             With a [`trainers.CPTMixture`]: rows that a reader holds, and chooses from when it fills a micro-batch with
-            rows of like length. Larger: less padding and more shuffling of streams; each row held is its encoded images
-            in memory, a reader a worker.
+            rows of like length. Larger: less padding (`benchmarks/padding.py`) and more shuffling of streams; each row
+            held is its encoded images in memory, a reader a worker.
         on_bad_row (`str`, *optional*, defaults to `"skip"`):
             What a row that cannot be used does (image that does not open, is truncated, larger than
             `PIL.Image.MAX_IMAGE_PIXELS` or of an aspect ratio over 200; placeholders and images that differ in number;
@@ -143,7 +143,7 @@ class CPTConfig(TrainingArguments):
         default=False, metadata={"help": "Rows of a micro-batch stand in one sequence without padding."}
     )
     shuffle_window: int = field(
-        default=256, metadata={"help": "Rows that a reader holds and fills micro-batches from."}
+        default=512, metadata={"help": "Rows that a reader holds and fills micro-batches from."}
     )
     max_bad_row_share: float = field(
         default=0.05,

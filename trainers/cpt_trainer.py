@@ -23,24 +23,23 @@ from .cpt_checkpoints import (
 )
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
+from .cpt_counts import NAMES, FlopsMeter, StepCounts
 from .cpt_loader import MixtureBatches, count_steps, make_loader
 from .cpt_mixture import CPTMixture
-from .cpt_rows import BAD_ROW_REASONS
 from .cpt_sharding import own_class, sum_in_float32, whole_weights, without_copies
 from .masking import IGNORE_INDEX
-
-# What is counted in every step, over accumulation and ranks.
-COUNTS = ("num_masked_tokens", "num_masked_patches", "num_tokens", "num_rows", "num_cut_rows", "num_cut_tokens")
 
 
 class CPTTrainer(Trainer):
     """Train [`MoCaForPreTraining`] to reconstruct masked tokens and patches (paper section 3.1).
 
     Both losses are means over all tokens and all patches hidden in one optimisation step, over gradient accumulation
-    and ranks. They are logged as `mlm_loss` and `mae_loss`, beside `num_masked_tokens`, `num_masked_patches` (rows of
-    pixels), `num_rows`, `num_cut_rows` and `num_cut_tokens` (text beyond `max_length`), `tokens_per_second` (not
-    padding) and, with `on_bad_row="skip"`, `skipped_rows/<reason>`; in evaluation with the prefix `eval_`. Evaluation
-    draws the same masks every time.
+    and ranks. They are logged as `mlm_loss` and `mae_loss`, in evaluation with the prefix `eval_`; in training beside
+    `num_masked_tokens`, `num_masked_patches` (rows of pixels), `num_rows`, `num_cut_rows` and `num_cut_tokens` (text
+    beyond `max_length`), `padding` (share of positions), `tokens_per_second` (without padding, over all ranks),
+    `tflops_per_device` and, on a GPU whose peak is known, `mfu` (model FLOPs utilisation), and bad rows as
+    `skipped_rows`, `skipped_rows/<reason>` and of a mixture `skipped_rows/<data set>/<reason>`. Evaluation draws the
+    same masks every time.
 
     With a [`CPTMixture`] as `train_dataset` micro-batches are filled by cost, rejected rows are listed in
     `rejected.jsonl`, and a run that is resumed goes on bit for bit, with the same number of ranks and workers.
@@ -126,6 +125,8 @@ class CPTTrainer(Trainer):
         self.add_callback(StopCallback(lambda: self.stopped, has_epochs=self._mixture is None))
         self.stopped = self._merges_adapters = False
         self._signal = StopSignal()
+        sources = None if self._mixture is None else [source.label for source in self._mixture.sources]
+        self._counts = StepCounts(model.config.num_patches_per_token, sources)
         self._start_run()
         # Plain data parallelism finds unused parameters by itself, and is spared the blank images.
         model.moca.always_use_vision = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -165,8 +166,7 @@ class CPTTrainer(Trainer):
         self._reader_states = {**(self._reader_states or {}), str(data["worker"]): data["state"]}
         step = self.state.global_step + 1
         self._rejected += [{**row, "step": step} for row in data["rejected"]]
-        reasons = [row["reason"] for row in data["rejected"]]
-        inputs["skipped_rows"] = torch.tensor([reasons.count(reason) for reason in BAD_ROW_REASONS])
+        inputs["skipped_rows"] = self._counts.rejected(data["rejected"])
         inputs["cut_rows"] = torch.tensor([data["num_cut_rows"], data["num_cut_tokens"]])
         inputs["num_rows"] = data["num_rows"]
         return inputs
@@ -174,7 +174,9 @@ class CPTTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples, device):
         """Return the tokens and the patches hidden in this step, over accumulation and ranks: int64 of shape `(2,)`."""
         self._settle_counts()
-        counts = sum((self._pop_counts(batch).to(device) for batch in batch_samples), self._no_counts())
+        for batch in batch_samples:
+            self._flops.add(batch)
+        counts = sum((self._counts.pop(batch).to(device) for batch in batch_samples), self._counts.zeros(device))
         counts[-1] = self._signal.received
         # Ranks of one tensor-parallel group hold the same batch.
         counts = self.accelerator.reduce(counts, "sum") // self.get_tp_size()
@@ -191,41 +193,16 @@ class CPTTrainer(Trainer):
         if arrived is not None:
             arrived.synchronize()
         self._unsettled = None
-        *counts, num_signals = counts.tolist()
-        self.stopped = self.stopped or num_signals > 0
-        self._num_rows += counts[COUNTS.index("num_rows")]
-        self._num_bad_rows += sum(counts[len(COUNTS) :])
+        counts = counts.tolist()
+        self.stopped = self.stopped or counts[-1] > 0
+        self._num_rows += counts[NAMES.index("num_rows")]
+        self._num_bad_rows += self._counts.num_bad_rows(counts)
         try:
             check_bad_row_share(self._num_bad_rows, self._num_rows, self.args.max_bad_row_share)
         except ValueError:
             # On all ranks, since the counts are those of all.
             self._write_rejected()
             raise
-
-    def _no_counts(self):
-        return torch.zeros(len(COUNTS) + len(BAD_ROW_REASONS) + 1, dtype=torch.int64, device=self.args.device)
-
-    def _pop_counts(self, batch):
-        """Return the counts of one batch, as in COUNTS, then bad rows by reason; take out what is no model input."""
-        labels = batch["labels"]
-        skipped = batch.pop("skipped_rows", labels.new_zeros(len(BAD_ROW_REASONS)))
-        cut = batch.pop("cut_rows", labels.new_zeros(2))
-        num_patches = batch["patch_labels"].shape[:2].numel() if "patch_labels" in batch else 0
-        if "num_hidden" in batch:
-            num_patches = sum(batch["num_hidden"]) * self.data_collator.patch_layout["merge_size"] ** 2
-        mask = batch.get("attention_mask")
-        num_good = batch["cu_seq_lens"].shape[0] - 1 if mask is None else mask.shape[0]
-        num_rows = batch.pop("num_rows", None)
-        numbers = [
-            (labels != IGNORE_INDEX).sum(),
-            labels.new_tensor(num_patches),
-            labels.new_tensor(labels.numel()) if mask is None else mask.sum(),
-            num_good + skipped.sum() if num_rows is None else labels.new_tensor(num_rows),
-            *cut,
-            *skipped,
-            labels.new_zeros(()),
-        ]
-        return torch.stack([number.to(labels.device) for number in numbers])
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -243,12 +220,12 @@ class CPTTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add this batch's summed losses and counts to the running sums; nothing is gathered."""
-        self._pop_counts(inputs)
+        self._counts.pop(inputs)
         inputs = self._without_repeated_rows(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             # Divided by 1, the losses are sums.
             outputs = model(**inputs, num_items_in_batch=inputs["labels"].new_ones(2))
-        self._eval_sums += torch.cat([_losses(outputs).cpu(), self._pop_counts(inputs)[:2].cpu()])
+        self._eval_sums += torch.cat([_losses(outputs).cpu(), self._counts.pop(inputs)[:2].cpu()])
         return None, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -355,6 +332,8 @@ class CPTTrainer(Trainer):
             "losses": self._train_losses.tolist(),
             "counts": self._train_counts.tolist(),
             "steps": self._train_steps,
+            "flops": self._flops.total,
+            "seconds": time.perf_counter() - self._train_start,
         }
 
     def _data_settings(self):
@@ -400,6 +379,8 @@ class CPTTrainer(Trainer):
         self._train_losses += torch.tensor(state["losses"], device=self.args.device)
         self._train_counts += torch.tensor(state["counts"], device=self.args.device)
         self._train_steps = state["steps"]
+        self._flops.total = state["flops"]
+        self._train_start -= state["seconds"]
 
     def _write_rejected(self):
         """Bring the bad rows of all ranks to the file, where there are any."""
@@ -440,20 +421,17 @@ class CPTTrainer(Trainer):
             logs["mlm_loss"], logs["mae_loss"] = losses.tolist()
             # From the same sums: the stock one starts anew when a run is resumed between two logs.
             logs["loss"] = logs["mlm_loss"] + self.args.mae_loss_weight * logs["mae_loss"]
-            counts = self._train_counts.tolist()
-            named = dict(zip(COUNTS, counts))
-            num_tokens = named.pop("num_tokens")
-            logs |= named
-            logs["tokens_per_second"] = num_tokens / max(time.perf_counter() - self._train_start, 1e-9)
-            if self.args.on_bad_row == "skip":
-                skipped = counts[len(COUNTS) : -1]
-                logs["skipped_rows"] = sum(skipped)
-                logs |= {f"skipped_rows/{name}": number for name, number in zip(BAD_ROW_REASONS, skipped) if number}
+            seconds, num_ranks = time.perf_counter() - self._train_start, self.accelerator.num_processes
+            logs |= self._counts.logs(self._train_counts.tolist(), seconds)
+            flops = torch.tensor(self._flops.total, device=self.args.device)
+            logs |= self._flops.logs(self.accelerator.reduce(flops, "sum").item(), seconds, num_ranks)
             self._start_train_window()
             self._write_rejected()
         super().log(logs, start_time)
 
     def _start_run(self):
+        # Anew for every run, since what is trained may have been changed.
+        self._flops = FlopsMeter(self.accelerator.unwrap_model(self.model), self.args.device)
         self._num_batches, self._reader_states = 0, None
         self._num_rows = self._num_bad_rows = 0
         self._rejected, self._unsettled = [], None
@@ -463,8 +441,8 @@ class CPTTrainer(Trainer):
     def _start_train_window(self):
         """Start a new stretch between two logs; sums stay on the device, so that no step waits for it."""
         self._train_losses = torch.zeros(2, device=self.args.device)  # MLM, MAE
-        self._train_counts = self._no_counts()
-        self._train_steps = 0
+        self._train_counts = self._counts.zeros(self.args.device)
+        self._train_steps, self._flops.total = 0, 0.0
         self._train_start = time.perf_counter()
 
 

@@ -1,7 +1,7 @@
 """Model FLOPs of a training step, and what a GPU could do at best: together they give the model FLOPs utilisation."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
@@ -43,6 +43,7 @@ def step_flops(
     image_grid_thw: Iterable[Sequence[int]] = (),
     num_chosen_tokens: int = 0,
     num_chosen_image_tokens: int = 0,
+    frozen: Collection[str] = (),
 ) -> int:
     """Return the model FLOPs of forward and backward pass of one batch; sum it over the batches of a step.
 
@@ -58,6 +59,8 @@ def step_flops(
         num_chosen_tokens (`int`, defaults to 0): masked tokens, for which the vocabulary is scored.
         num_chosen_image_tokens (`int`, defaults to 0): image tokens with masked patches. The MAE decoder runs on all
             tokens of a batch that has any.
+        frozen (collection of `str`, defaults to none): see [`frozen_parts`]. A frozen language model passes gradients
+            on, but has none of its own; a frozen vision tower has no backward pass.
 
     Returns:
         `int`
@@ -78,27 +81,48 @@ def step_flops(
     row_lengths, grids = list(row_lengths), [tuple(map(int, grid)) for grid in image_grid_thw]
     text = config.get_text_config()
     tokens, pairs = sum(row_lengths), sum(length**2 for length in row_lengths)
-    both_ways = _text_layer(text, tokens, pairs)
-    one_way = _text_layer(text, tokens, pairs / 2)
-    forward = text.num_hidden_layers * (both_ways if config.bidirectional else one_way)
-    forward += 2 * num_chosen_tokens * text.hidden_size * text.vocab_size
+    projections, attention = _text_layer(text, tokens, pairs)
+    seen = attention if config.bidirectional else attention / 2
+    vocabulary = 2 * num_chosen_tokens * text.hidden_size * text.vocab_size
+    products = 2 if "text" in frozen else 3
+    total = text.num_hidden_layers * (products * projections + 3 * seen) + products * vocabulary
     if num_chosen_image_tokens:
         patch_values = config.num_patches_per_token * config.patch_dim
-        forward += both_ways + 2 * num_chosen_image_tokens * text.hidden_size * patch_values
+        total += 3 * (projections + attention + 2 * num_chosen_image_tokens * text.hidden_size * patch_values)
     vision = config.backbone_config.vision_config
     # Under another name in Qwen2-VL, where hidden_size is the language model's.
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     patch_embedding = 2 * sum(t * h * w for t, h, w in grids) * config.patch_dim * width
-    return int(3 * (forward + _vision_layers(config, width, grids)) + 2 * patch_embedding)
+    layers, embedding = (1, 1) if "vision" in frozen else (3, 2)
+    return int(total + layers * _vision_layers(config, width, grids) + embedding * patch_embedding)
+
+
+def frozen_parts(model) -> set[str]:
+    """Return which parts of a model are not trained, for [`step_flops`].
+
+    Args:
+        model ([`MoCaForPreTraining`]): may be wrapped by peft.
+
+    Returns:
+        `set` of `"vision"`, where no weight of the vision tower is trained, and `"text"`, where most weights of the
+        language model are not (as with LoRA, whose own products are not counted).
+    """
+    frozen = set()
+    if not any(parameter.requires_grad for parameter in model.moca.backbone.visual.parameters()):
+        frozen.add("vision")
+    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.moca.language_model.parameters()]
+    if 2 * sum(size for trained, size in sizes if trained) < sum(size for _, size in sizes):
+        frozen.add("text")
+    return frozen
 
 
 def _text_layer(text, tokens, pairs):
-    """Forward FLOPs of one decoder layer: projections, attention, gated MLP."""
+    """Forward FLOPs of one decoder layer: projections and gated MLP, and attention both ways."""
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     weights = text.hidden_size * (2 * queries + 2 * keys) + 3 * text.hidden_size * text.intermediate_size
     # Scores and weighted values.
-    return 2 * tokens * weights + 4 * pairs * queries
+    return 2 * tokens * weights, 4 * pairs * queries
 
 
 def _vision_layers(config, width, grids):
@@ -131,4 +155,4 @@ def _squares(length, side):
     return length // side * side**2 + (length % side) ** 2
 
 
-__all__ = ["peak_flops", "step_flops"]
+__all__ = ["frozen_parts", "peak_flops", "step_flops"]

@@ -55,7 +55,7 @@ def make_trainer(folder, output, streaming=False, **settings):
 
 def curve(trainer):
     """Return what is logged in training, without what depends on the clock."""
-    timed = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+    timed = ("tokens_per_second", "tflops_per_device", "mfu")
     logged = [entry for entry in trainer.state.log_history if "mlm_loss" in entry]
     return [{name: value for name, value in entry.items() if name not in timed} for entry in logged]
 

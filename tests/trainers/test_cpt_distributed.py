@@ -30,3 +30,14 @@ def test_two_ranks_equal_one(two_ranks, tmp_path, scenario):
         assert one["logs"][0]["mae_loss"] > 0 and one["logs"][-1]["eval_mae_loss"] > 0
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=2e-6, msg=name)
+
+
+def test_ranks_and_accumulation_change_neither_losses_nor_gradients(two_ranks, tmp_path):
+    expected = cpt_two_ranks.first_step(tmp_path, 1, 1)
+    assert all(tensor.abs().max() > 0 for tensor in expected.values()) and len(expected) > 90
+    one = {accumulation: cpt_two_ranks.first_step(tmp_path, 1, accumulation) for accumulation in (2, 4)}
+    for results in (one, {accumulation: two_ranks[accumulation] for accumulation in cpt_two_ranks.ACCUMULATIONS}):
+        for accumulation, got in results.items():
+            assert got.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(got[name], tensor, rtol=1e-6, atol=1e-6, msg=f"{accumulation}: {name}")

@@ -108,6 +108,10 @@ def test_rejected_rows_are_counted_and_listed(bad_folder, tmp_path, streaming):
         assert sum(entry.get(f"skipped_rows/{reason}", 0) for entry in logged) == sum(
             line["reason"] == reason for line in lines
         )
+        by_source = f"skipped_rows/{trainer._mixture.sources[0].label}/{reason}"
+        assert all(entry.get(by_source, 0) == entry.get(f"skipped_rows/{reason}", 0) for entry in logged)
+    assert sum(name.count("/") > 0 and "parquet:" in name for entry in logged for name in entry) >= 3
+    assert not any("webdataset" in name for entry in logged for name in entry)
     # A run of its own begins a list of its own.
     cpt_run.make_trainer(bad_folder, tmp_path, max_steps=1, max_bad_row_share=0.9).train()
     again = (tmp_path / "rejected.jsonl").read_text().splitlines()

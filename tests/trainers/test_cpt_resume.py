@@ -82,7 +82,7 @@ def test_killed_at_random_points(folder, whole, tmp_path, mode):
     for step in (2, 6):
         process = start(folder, tmp_path, *mode)
         wait_for(process, tmp_path, step)
-        points.append(chance.uniform(0, 0.4))
+        points.append(chance.uniform(0, 0.25))
         time.sleep(points[-1])
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

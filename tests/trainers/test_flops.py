@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modeling_moca import MoCaForPreTraining
 from tests.families import family_backbone
 from tests.modeling_moca.test_packing import pack
-from trainers.flops import peak_flops, step_flops
+from trainers.flops import frozen_parts, peak_flops, step_flops
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 # Taller than a window of 4 patches, and not a multiple of it.
@@ -57,6 +57,28 @@ def test_equal_to_what_torch_counts(family, images):
     padded = step_flops(model.config, [70] * 3, **arguments)
     assert padded == pytest.approx(counted(model, batch), rel=0.02)
     assert step_flops(model.config, lengths, **arguments) < padded
+
+
+@pytest.mark.parametrize("part", ["vision", "text"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_parts_cost_less(family, part):
+    model = MoCaForPreTraining.from_backbone(family_backbone(family), mask_token_id=6).train()
+    model.set_attn_implementation("eager")
+    batch, _ = batch_of(model.config)
+    assert frozen_parts(model) == set()
+    whole = counted(model, batch)
+    (model.moca.backbone.visual if part == "vision" else model.moca.language_model).requires_grad_(False)
+    assert frozen_parts(model) == {part}
+    flops = step_flops(
+        model.config,
+        [70] * 3,
+        GRIDS,
+        int((batch["labels"] != -100).sum()),
+        int(batch["patch_mask"].sum()),
+        frozen=[part],
+    )
+    assert flops == pytest.approx(counted(model, batch), rel=0.02)
+    assert flops < 0.95 * whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,8 +95,10 @@ def plans(num_parameters, largest_unit, gpus):
         "DDP": 4 * n + 4 * n + 4 * n + 8 * n + 2 * n,
         # bf16 weights; gradients, master weights and moments in parts.
         "ZeRO-2": 2 * n + (2 + 4 + 8) * n / gpus,
-        # All in parts; two units (layers) at a time are whole, in bf16, and one unit's gradients.
-        "FSDP2": 16 * n / gpus + 2 * 2 * largest_unit + 4 * largest_unit,
+        # All in parts; two units (layers) at a time are whole, in bf16, and one unit's gradients. Gradients that wait
+        # for the last micro-batch of a step are whole, unless every micro-batch sums them (sync_each_batch).
+        "FSDP2": 16 * n / gpus + 2 * 2 * largest_unit + 4 * n,
+        "FSDP2, sync_each_batch": 16 * n / gpus + 2 * 2 * largest_unit + 4 * largest_unit,
         "ZeRO-3": (2 + 2 + 4 + 8) * n / gpus + 2 * 2 * largest_unit + 4 * largest_unit,
     }
 

@@ -59,8 +59,8 @@ def step_flops(
         num_chosen_tokens (`int`, defaults to 0): masked tokens, for which the vocabulary is scored.
         num_chosen_image_tokens (`int`, defaults to 0): image tokens with masked patches. The MAE decoder runs on all
             tokens of a batch that has any.
-        frozen (collection of `str`, defaults to none): see [`frozen_parts`]. A frozen language model passes gradients
-            on, but has none of its own; a frozen vision tower has no backward pass.
+        frozen (collection of `str`, defaults to none): see [`frozen_parts`]. What is frozen has no gradients of its
+            own, and passes them on only to what is not.
 
     Returns:
         `int`
@@ -93,8 +93,13 @@ def step_flops(
     # Under another name in Qwen2-VL, where hidden_size is the language model's.
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     patch_embedding = 2 * sum(t * h * w for t, h, w in grids) * config.patch_dim * width
-    layers, embedding = (1, 1) if "vision" in frozen else (3, 2)
-    return int(total + layers * _vision_layers(config, width, grids) + embedding * patch_embedding)
+    blocks, merging = _vision_layers(config, width, grids)
+    if "vision" in frozen:
+        # A merger that is trained normalises first, with weights of its own that ask for gradients.
+        total += blocks + patch_embedding + (1 if "merger" in frozen else 3) * merging
+    else:
+        total += 3 * blocks + 2 * patch_embedding + (2 if "merger" in frozen else 3) * merging
+    return int(total)
 
 
 def frozen_parts(model) -> set[str]:
@@ -104,15 +109,20 @@ def frozen_parts(model) -> set[str]:
         model ([`MoCaForPreTraining`]): may be wrapped by peft.
 
     Returns:
-        `set` of `"vision"`, where no weight of the vision tower is trained, and `"text"`, where most weights of the
-        language model are not (as with LoRA, whose own products are not counted).
+        `set` of `"vision"`, `"merger"` and `"text"`: the vision tower, what maps its output to the language model, and
+        the language model, where most of their weights are not trained (with LoRA, whose own products are not counted).
     """
+    tower = model.moca.backbone.get_encoder(modality="image")
+    parts = {
+        "vision": [parameter for name, parameter in tower.named_parameters() if "merger" not in name],
+        "merger": [parameter for name, parameter in tower.named_parameters() if "merger" in name],
+        "text": list(model.moca.language_model.parameters()),
+    }
     frozen = set()
-    if not any(parameter.requires_grad for parameter in model.moca.backbone.visual.parameters()):
-        frozen.add("vision")
-    sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.moca.language_model.parameters()]
-    if 2 * sum(size for trained, size in sizes if trained) < sum(size for _, size in sizes):
-        frozen.add("text")
+    for part, parameters in parts.items():
+        num_trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        if 2 * num_trained < sum(parameter.numel() for parameter in parameters):
+            frozen.add(part)
     return frozen
 
 
@@ -126,7 +136,7 @@ def _text_layer(text, tokens, pairs):
 
 
 def _vision_layers(config, width, grids):
-    """Forward FLOPs of the vision tower after its patch embedding."""
+    """Forward FLOPs of the vision tower after its patch embedding: of its blocks and of the mergers."""
     vision, family = config.backbone_config.vision_config, config.backbone_config.model_type
     patches = sum(t * h * w for t, h, w in grids)
     mlp, out, mergers = {
@@ -147,7 +157,7 @@ def _vision_layers(config, width, grids):
     attention = 4 * width * (num_whole * whole + (vision.depth - num_whole) * pairs_in_windows)
     merged = width * config.num_patches_per_token
     merging = 2 * mergers * patches // config.num_patches_per_token * (merged**2 + merged * out)
-    return vision.depth * 2 * patches * (4 * width**2 + mlp) + attention + merging
+    return vision.depth * 2 * patches * (4 * width**2 + mlp) + attention, merging
 
 
 def _squares(length, side):

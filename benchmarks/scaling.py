@@ -139,13 +139,13 @@ def main():
         f"{tokens * micro_batches / 1e6:.2f} M tokens, {flops * micro_batches / 1e15:.1f} PFLOPs; "
         f"{args.rows / 1e6:.1f} M rows are {steps:.0f} steps, {steps * tokens * micro_batches / 1e9:.1f} B tokens\n"
     )
-    print("| MFU | s a step | days | tokens/s/GPU | images/s/GPU | workers/GPU | MB/s/GPU | Gbit/s in all |")
+    print("| MFU | s a step | hours | tokens/s/GPU | images/s/GPU | workers/GPU | MB/s/GPU | Gbit/s in all |")
     print("|---|---|---|---|---|---|---|---|")
     for mfu in args.mfu:
         seconds = flops * args.accumulation / (mfu * args.peak)
         image_rate = images * args.accumulation / seconds
         bandwidth = image_rate * args.image_bytes
-        cells = [f"{mfu:.0%}", f"{seconds:.2f}", f"{seconds * steps / 86400:.2f}"]
+        cells = [f"{mfu:.0%}", f"{seconds:.2f}", f"{seconds * steps / 3600:.1f}"]
         cells += [f"{tokens * args.accumulation / seconds:.0f}", f"{image_rate:.1f}"]
         cells += [f"{image_rate / args.images_per_worker:.2f}", f"{bandwidth / 1e6:.1f}"]
         print("| " + " | ".join([*cells, f"{bandwidth * args.gpus * 8 / 1e9:.2f}"]) + " |")

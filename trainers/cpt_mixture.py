@@ -1,6 +1,7 @@
 """The data of continual pre-training: several sources as one endless, reproducible sequence of interleaved rows."""
 
 import hashlib
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from trl import DatasetMixtureConfig
 from trl.scripts.utils import DatasetConfig
 
 from .cpt_sources import interleaved, load_source, read_row
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -298,6 +301,14 @@ class _Stream:
     def _start(self, epoch, num_read=0, state=None):
         self._epoch, self._num_read = epoch, num_read
         strategy = "shards" if self._sharded.num_shards >= self._num_readers else "examples"
+        if strategy == "examples" and self._reader == epoch == 0:
+            logger.warning(
+                "Source %r has %d shards for %d readers (workers of all ranks): each of them reads all of it, and "
+                "keeps its part. More files, smaller row groups or fewer workers spare that.",
+                self._source.label,
+                self._sharded.num_shards,
+                self._num_readers,
+            )
         # Anew for every epoch: a data set that was once given a state begins there again.
         self._rows = split_dataset_by_node(self._sharded, self._reader, self._num_readers, strategy=strategy)
         # Shards change their order every epoch; of a sample the same rows must come again.

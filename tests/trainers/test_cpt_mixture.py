@@ -213,3 +213,12 @@ def test_a_stream_with_fewer_rows_than_readers_says_so(tmp_path):
     source = write_parquet(tmp_path / "p", numbered_rows(2))
     with pytest.raises(ValueError, match="has no rows for reader 2 of 3: it has fewer rows than there are readers"):
         next(CPTMixture([source], streaming=True).read(2, 3))
+
+
+def test_a_stream_that_every_reader_reads_whole_says_so(sources, caplog):
+    for num_readers, said in ((2, False), (5, True)):
+        caplog.clear()
+        for reader in range(num_readers):
+            CPTMixture(sources[1:], streaming=True).read(reader, num_readers)
+        expected = f"has 2 shards for {num_readers} readers"
+        assert sum(expected in record.getMessage() for record in caplog.records) == said

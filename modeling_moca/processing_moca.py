@@ -382,21 +382,44 @@ class MoCaProcessor(ProcessorMixin):
         image_ids = iter([self._sized_image_ids(*size) for size in image_sizes])
         return self._row_ids([part for part in parts if part != ""], image_ids, max_length or self.max_length)
 
-    def encode_images(self, images, as_bytes=False):
+    def encode_images(self, images):
         """Return the pixels of decoded images as the backbone takes them.
 
         Args:
             images (`list[list[PIL.Image.Image]]`): RGB images of every row; at least one row has one.
-            as_bytes (`bool`, defaults to `False`): leave `pixel_values` as bytes, to be cut and normalised later by
-                [`~modeling_moca.images_moca.rows_from_bytes`]; only where [`MoCaProcessor.makes_bytes`].
 
         Returns:
             `dict`: `pixel_values` and `image_grid_thw` or `pixel_attention_mask`, as from calling the processor.
         """
-        if as_bytes:
-            return self._bytes(images)
         encode = self._rows_of_patches if self._layout == "rows" else self._tiles
         return encode(images, {})[0]
+
+    def resize(self, image):
+        """Return a decoded image in the size in which it is cut into patches; only where [`MoCaProcessor.makes_bytes`].
+
+        Args:
+            image (`PIL.Image.Image`): RGB.
+        """
+        # Here, since the module needs Pillow.
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        size = self.image_processor.size
+        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        height, width = smart_resize(image.height, image.width, factor=self.patch_size * self.merge_size, **limits)
+        return image.resize((width, height), resample=self.image_processor.resample)
+
+    def encode_resized(self, images):
+        """Return pixels as bytes, to be cut and normalised later by [`~modeling_moca.images_moca.rows_from_bytes`].
+
+        Args:
+            images (`list[list[PIL.Image.Image]]`): images of every row, from [`MoCaProcessor.resize`]; at least one.
+
+        Returns:
+            `dict`: `pixel_values` of shape `(num_bytes,)` and `image_grid_thw`.
+        """
+        flat = [image for row_images in images for image in row_images]
+        grids = [(1, image.height // self.patch_size, image.width // self.patch_size) for image in flat]
+        return {"pixel_values": to_bytes(flat), "image_grid_thw": torch.tensor(grids)}
 
     @property
     def makes_bytes(self):
@@ -435,7 +458,7 @@ class MoCaProcessor(ProcessorMixin):
     def _rows_of_patches(self, images, options):
         if self.makes_bytes and not options:
             # The same numbers as from the stock class, several times faster: it copies every image in float64.
-            encoded = self._bytes(images)
+            encoded = self.encode_resized([[self.resize(image) for image in row_images] for row_images in images])
             encoded["pixel_values"] = rows_from_bytes(
                 encoded["pixel_values"], encoded["image_grid_thw"], self.image_processor
             )
@@ -446,19 +469,6 @@ class MoCaProcessor(ProcessorMixin):
         num_tokens = (grids.prod(-1) // self.merge_size**2).tolist()
         inputs = {"pixel_values": encoded["pixel_values"], "image_grid_thw": grids}
         return inputs, [self._image_ids(number) for number in num_tokens]
-
-    def _bytes(self, images):
-        # Here, since the module needs Pillow.
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-        size = self.image_processor.size
-        limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-        resized, grids = [], []
-        for image in (image for row_images in images for image in row_images):
-            height, width = smart_resize(image.height, image.width, factor=self.patch_size * self.merge_size, **limits)
-            resized.append(image.resize((width, height), resample=self.image_processor.resample))
-            grids.append((1, height // self.patch_size, width // self.patch_size))
-        return {"pixel_values": to_bytes(resized), "image_grid_thw": torch.tensor(grids)}
 
     def _tiles(self, images, options):
         options = {**options, "return_row_col_info": True}

@@ -166,10 +166,12 @@ class CPTCollator:
             `tuple`: the batch, in which pixels are not hidden yet and may be bytes, for [`CPTCollator.finish`]; and
             `list` of (index, `BadRowError`) of rows whose images turned out to be damaged.
         """
+        # Each image as soon as it is decoded, while its pixels are in the processor's cache.
+        resize = self.processor.resize if self.processor.makes_bytes else None
         good, images, rejected = [], [], []
         for index, row in enumerate(prepared):
             try:
-                images.append(decode_images(row))
+                images.append(decode_images(row, resize))
                 good.append(row)
             except BadRowError as error:
                 rejected.append((index, self.reject(error)))
@@ -177,7 +179,7 @@ class CPTCollator:
         if any(images):
             image_tokens = batch.pop("image_tokens")
             batch["patch_mask"] = choose_patches(image_tokens, ratio=self.mae_ratio, generators=generators)
-            batch |= self.processor.encode_images(images, as_bytes=self.processor.makes_bytes)
+            batch |= self.processor.encode_resized(images) if resize else self.processor.encode_images(images)
             keys = [(row.epoch, row.key + b"/noise") for row in good]
             # Numbers, not generators: the noise is drawn where the pixels are then.
             batch["noise_seeds"] = [row_generator(self.seed, *key).initial_seed() for key in keys]

@@ -119,11 +119,13 @@ def prepare_row(row, processor, max_length, place):
     return PreparedRow(input_ids, images, sizes, key.digest(), num_cut_tokens, cost, start)
 
 
-def decode_images(row):
+def decode_images(row, resize=None):
     """Return the images of a prepared row as RGB Pillow images, every pixel of them read.
 
     Args:
-        row ([`PreparedRow`]): the row.
+        row ([`PreparedRow`]): the row, which gives its images away.
+        resize (`Callable`, *optional*): what becomes of each image, see [`MoCaProcessor.resize`]; left as it is when
+            omitted.
 
     Raises:
         BadRowError: an image is truncated or damaged.
@@ -133,13 +135,16 @@ def decode_images(row):
         try:
             # Every pixel, now: a truncated file must fail here.
             image.load()
-            decoded.append(to_rgb(image))
-            if decoded[-1].size[::-1] != row.image_sizes[position]:
+            image = to_rgb(image)
+            if image.size[::-1] != row.image_sizes[position]:
                 raise ValueError("EXIF data behind the pixels turns it")
         except Exception as error:
             raise BadRowError(
                 "undecodable_image", f"{row.place}: image {position} cannot be decoded ({error})."
             ) from error
+        decoded.append(image if resize is None else resize(image))
+        # The pixels of the file go; those that are handed on stay.
+        row.images[position] = None
     return decoded
 
 

@@ -99,15 +99,13 @@ def info_nce(
                 negative_cosine = query[begin:end] @ negatives.flatten(0, 1).T  # [R, N * K]
             else:
                 negative_cosine = torch.einsum("rd,rkd->rk", query[begin:end], negatives[begin:end])  # [R, K]
+            # Masks of shape [1, N * K], the same for all rows, or [R, K].
             if negatives_mask is not None:
-                exists = (
-                    negatives_mask.reshape(1, -1) if all_negatives else negatives_mask[begin:end]
-                )  # [1, N * K] or [R, K]
+                exists = negatives_mask.reshape(1, -1) if all_negatives else negatives_mask[begin:end]
                 negative_cosine = negative_cosine.masked_fill(~exists, -torch.inf)
             if negative_hash is not None:
                 hashes = negative_hash.reshape(1, -1) if all_negatives else negative_hash[begin:end]
-                is_positive = hashes == positive_hash[begin:end, None]  # [R, N * K] or [R, K]
-                negative_cosine = negative_cosine.masked_fill(is_positive, -torch.inf)
+                negative_cosine = negative_cosine.masked_fill(hashes == positive_hash[begin:end, None], -torch.inf)
             cosine = torch.cat([cosine, negative_cosine], dim=1)
         loss = _cross_entropy(cosine, own, temperature, false_negative_margin)
         if symmetric:

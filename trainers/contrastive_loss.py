@@ -18,7 +18,7 @@ from .contrastive_info_nce import info_nce
 from .contrastive_minibatches import Column, plan_mini_batches
 
 _LABELS = ("negatives_mask", "positive_hash", "negative_hash")
-# Rows whose cosines with all candidates are held at a time: 128 x 6144 in float32 are 3 MB, all of a batch of 2048 50 MB.
+# Rows whose cosines with all candidates are held at a time: in float32 128 x 6144 take 3 MB, 2048 x 6144 50 MB.
 _ROWS_AT_A_TIME = 128
 
 
@@ -133,7 +133,7 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         copy_random_state: bool,
         random_state: RandContext | None = None,
     ) -> tuple[Tensor, RandContext | None]:
-        """Embed one mini-batch, as `CachedLossMixin` asks for it; its features are on the device no longer than that."""
+        """Embed one mini-batch, as `CachedLossMixin` asks for it; only then are its features on the device."""
         features = sentence_feature["column"].cut(sentence_feature["rows"].tolist(), self._device())
         with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
             random_state = RandContext(*features.values()) if copy_random_state else None
@@ -225,5 +225,6 @@ def check_matryoshka(dims: Sequence[int] | None, weights: Sequence[float] | None
         raise ValueError(f"matryoshka_dims must be distinct numbers of at least 1, got {list(dims)} ({where}).")
     if weights is not None and (dims is None or len(weights) != len(dims) or min(weights) <= 0):
         raise ValueError(
-            f"matryoshka_weights must be positive, one for each of matryoshka_dims {dims}, got {list(weights)} ({where})."
+            f"matryoshka_weights must be positive, one for each of matryoshka_dims {dims}, got {list(weights)} "
+            f"({where})."
         )

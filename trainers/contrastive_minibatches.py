@@ -19,7 +19,8 @@ class Column:
     """Features of one column (query, positive or a hard negative) of a batch, to be cut into mini-batches.
 
     Features stay where they are until `cut` moves a mini-batch's: the pixels of a whole batch would not fit beside the
-    model (an image of 1024 tokens takes 19 MB). Pinned memory, as the trainer's loader gives, is copied without waiting.
+    model (an image of 1024 tokens takes 19 MB). From pinned memory, as a loader gives it on a GPU machine, pixels are
+    copied without waiting.
 
     Args:
         features: what `SentenceTransformer.preprocess` returns: `input_ids` and `attention_mask` [B, T], and with

@@ -136,8 +136,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self._reset_task_totals()
         if self.is_deepspeed_enabled and (args.mini_batch_size is not None or args.mini_batch_tokens is not None):
             raise ValueError(
-                f"mini_batch_size={args.mini_batch_size} and mini_batch_tokens={args.mini_batch_tokens}: mini-batches "
-                "run several backward passes a step, which DeepSpeed's ZeRO refuses. Leave both unset, or train without "
+                f"mini_batch_size={args.mini_batch_size}, mini_batch_tokens={args.mini_batch_tokens}: mini-batches run "
+                "several backward passes a step, which DeepSpeed's ZeRO refuses. Leave both unset, or train without "
                 "DeepSpeed (ContrastiveTrainer)."
             )
         # A step runs one forward pass a column. Ranks must agree on what each pass uses, or sharded runs abort, and

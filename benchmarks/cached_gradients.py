@@ -16,8 +16,8 @@ The peak is what a step takes beyond weights, their gradients and the rows on th
 own: on CUDA `max_memory_allocated`. On a CPU the host is the device; what the stock trainer would move to the device
 before the step, all features, is copied there, and `InfoNCELoss` gets the rows as they are and copies a mini-batch. The
 peak is then the largest resident memory (VmHWM, set back before the step by /proc/self/clear_refs), with large blocks
-given back at once (MALLOC_MMAP_THRESHOLD_). Times that are compared are taken in turn in one process, the best of several
-rounds; on a CPU in seconds of its one thread, so that other programs count little.
+given back at once (MALLOC_MMAP_THRESHOLD_). Times that are compared are taken in turn in one process, the best of
+several rounds; on a CPU in seconds of its one thread, so that other programs count little.
 """
 
 import argparse
@@ -160,12 +160,6 @@ def same_number_of_mini_batches(columns, stock_rows):
         else:
             low = middle + 1
     return low
-
-
-def resident(name):
-    """Bytes of this process in memory: now (VmRSS) or at most (VmHWM)."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
 
 def prepare(args, kind, num_rows, variant):

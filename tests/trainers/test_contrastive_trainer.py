@@ -143,6 +143,47 @@ def test_settings_reach_the_loss(checkpoint, tmp_path):
     assert trainer.loss.get_config_dict() == settings
 
 
+@pytest.mark.parametrize("settings", [{"mini_batch_tokens": 60}, {"mini_batch_size": 2}, {}])
+def test_features_stay_on_the_host_with_cached_gradients(checkpoint, tmp_path, monkeypatch, settings):
+    _, trainer = train(checkpoint, tmp_path, {"mixed": mixed_task()}, **settings)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+    prepared = trainer._prepare_inputs(inputs)
+    assert list(prepared) == list(inputs) and "positive_pixel_values" in prepared
+    places = {name: value.device.type for name, value in prepared.items() if isinstance(value, torch.Tensor)}
+    assert places.pop("label") == "meta"
+    assert set(places.values()) == {"cpu" if settings else "meta"}
+
+
+class HashingCollator(ContrastiveDataCollator):
+    """Tell the loss which positives are the same, beside the mask."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch["label"] = {"negatives_mask": batch["label"], "positive_hash": torch.zeros(len(features)).long()}
+        return batch
+
+
+def test_labels_by_name_pass_through_the_trainer(checkpoint, tmp_path):
+    model = build(checkpoint)
+    collator = HashingCollator(model.preprocess)
+    settings = arguments(tmp_path, max_steps=1, mini_batch_tokens=60, all_negatives=False)
+    # Without hard negatives every candidate is a duplicate of the positive, and nothing is left to learn.
+    data = {"texts": texts_task().map(lambda row: {"negative_1": None, "negative_2": None})}
+    trainer = ContrastiveTrainer(model, settings, data, data_collator=collator)
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]
+
+
+def test_both_passes_of_cached_gradients_run_under_autocast(checkpoint, tmp_path):
+    """The second pass runs inside the backward pass, where Trainer's own autocast has ended."""
+    model, trainer = train(checkpoint, tmp_path, {"mixed": mixed_task()}, max_steps=1, bf16=True, mini_batch_size=4)
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))))
+    trainer.train()
+    assert set(seen) == {(False, True), (True, True)} and len(seen) == 12
+
+
 def test_masked_negatives(checkpoint):
     model = build(checkpoint)
     batch = ContrastiveDataCollator(model.preprocess)([texts_task()[index] for index in range(4)])

@@ -46,7 +46,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--hidden_size", type=int, default=128)
-    parser.add_argument("--num_layers", type=int, default=4)
+    parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--mini_batch_tokens", type=int, default=2048)
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024], help="rows of the growing batches")
     parser.add_argument("--compared", type=int, default=64, help="rows of the batch compared with plain and stock")

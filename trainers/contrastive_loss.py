@@ -95,8 +95,8 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         Args:
             sentence_features: features of the query, the positive and K hard negatives, a dict a column.
             labels: the negatives mask, booleans of shape [B, K], or a dict of any of `negatives_mask`, `positive_hash`
-                (int64 of shape [B]) and `negative_hash` ([B, K]), see `info_nce`; None when every negative exists. The
-                same on every rank.
+                (int64 of shape [B]) and `negative_hash` ([B, K]), see `info_nce`; None when every negative exists. All
+                ranks give the same ones.
 
         Raises:
             ValueError: for fewer than two columns, unknown labels, or too long a Matryoshka prefix.

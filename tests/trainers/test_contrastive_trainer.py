@@ -22,7 +22,8 @@ from tests.trainers.contrastive_cases import (
     texts_task,
 )
 from trainers.contrastive_data import ContrastiveDataCollator
-from trainers.contrastive_loss import InfoNCELoss, info_nce
+from trainers.contrastive_info_nce import info_nce
+from trainers.contrastive_loss import InfoNCELoss
 from trainers.contrastive_sampler import TaskBatchSampler
 from trainers.contrastive_trainer import ContrastiveTrainer
 
@@ -133,10 +134,54 @@ def test_settings_reach_the_loss(checkpoint, tmp_path):
         "all_negatives": False,
         "symmetric": True,
         "false_negative_margin": 0.2,
+        "matryoshka_dims": [32, 16],
+        "matryoshka_weights": [1.0, 0.5],
         "mini_batch_size": 3,
+        "mini_batch_tokens": 500,
     }
     _, trainer = train(checkpoint, tmp_path, **settings)
     assert trainer.loss.get_config_dict() == settings
+
+
+@pytest.mark.parametrize("settings", [{"mini_batch_tokens": 60}, {"mini_batch_size": 2}, {}])
+def test_features_stay_on_the_host_with_cached_gradients(checkpoint, tmp_path, monkeypatch, settings):
+    _, trainer = train(checkpoint, tmp_path, {"mixed": mixed_task()}, **settings)
+    inputs = next(iter(trainer.get_train_dataloader()))
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
+    prepared = trainer._prepare_inputs(inputs)
+    assert list(prepared) == list(inputs) and "positive_pixel_values" in prepared
+    places = {name: value.device.type for name, value in prepared.items() if isinstance(value, torch.Tensor)}
+    assert places.pop("label") == "meta"
+    assert set(places.values()) == {"cpu" if settings else "meta"}
+
+
+class HashingCollator(ContrastiveDataCollator):
+    """Tell the loss which positives are the same, beside the mask."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch["label"] = {"negatives_mask": batch["label"], "positive_hash": torch.zeros(len(features)).long()}
+        return batch
+
+
+def test_labels_by_name_pass_through_the_trainer(checkpoint, tmp_path):
+    model = build(checkpoint)
+    collator = HashingCollator(model.preprocess)
+    settings = arguments(tmp_path, max_steps=1, mini_batch_tokens=60, all_negatives=False)
+    # Without hard negatives every candidate is a duplicate of the positive, and nothing is left to learn.
+    data = {"texts": texts_task().map(lambda row: {"negative_1": None, "negative_2": None})}
+    trainer = ContrastiveTrainer(model, settings, data, data_collator=collator)
+    trainer.train()
+    assert [entry["loss"] for entry in trainer.state.log_history if "loss" in entry] == [0.0]
+
+
+def test_both_passes_of_cached_gradients_run_under_autocast(checkpoint, tmp_path):
+    """The second pass runs inside the backward pass, where Trainer's own autocast has ended."""
+    model, trainer = train(checkpoint, tmp_path, {"mixed": mixed_task()}, max_steps=1, bf16=True, mini_batch_size=4)
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))))
+    trainer.train()
+    assert set(seen) == {(False, True), (True, True)} and len(seen) == 12
 
 
 def test_masked_negatives(checkpoint):
@@ -235,6 +280,11 @@ def test_data_is_checked(checkpoint, tmp_path, data, message):
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"task_alpha": 2.0}, r"task_alpha must lie in \[0, 1\], got 2.0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
+        ({"mini_batch_tokens": 0}, "mini_batch_tokens must be at least 1, got 0"),
+        ({"matryoshka_dims": []}, r"matryoshka_dims must be distinct numbers of at least 1, got \[\]"),
+        ({"matryoshka_dims": [8, 8]}, r"matryoshka_dims must be distinct .* got \[8, 8\] \(ContrastiveConfig\)"),
+        ({"matryoshka_weights": [1.0]}, r"one for each of matryoshka_dims None, got \[1.0\]"),
+        ({"matryoshka_dims": [8, 4], "matryoshka_weights": [1.0]}, r"one for each of matryoshka_dims \[8, 4\]"),
         ({"batch_sampler": "no_duplicates"}, "leave batch_sampler"),
         ({"task_batches": False, "task_alpha": 0.5}, "task_alpha=0.5 .* needs task_batches=True"),
         ({"task_batches": False, "prompts": {"texts": {"query": "a"}}}, "prompts by task need task_batches=True"),
@@ -253,8 +303,10 @@ def test_cached_gradients_and_deepspeed_exclude_each_other(checkpoint, tmp_path,
         trainer.is_deepspeed_enabled = True
 
     monkeypatch.setattr(ContrastiveTrainer, "create_accelerator_and_postprocess", with_deepspeed)
-    with pytest.raises(ValueError, match="mini_batch_size=2 runs several backward passes a step"):
+    with pytest.raises(ValueError, match="mini_batch_size=2, mini_batch_tokens=None: .* several backward passes"):
         train(checkpoint, tmp_path, mini_batch_size=2)
+    with pytest.raises(ValueError, match="mini_batch_size=None, mini_batch_tokens=64"):
+        train(checkpoint, tmp_path, mini_batch_tokens=64)
 
 
 def test_unconverted_backbone_is_refused(tmp_path):

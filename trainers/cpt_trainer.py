@@ -10,7 +10,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from .cpt_checkpoints import (
+from .batch_loader import make_loader
+from .checkpoints import (
     MARKER,
     RejectedRows,
     StopCallback,
@@ -21,7 +22,7 @@ from .cpt_checkpoints import (
 )
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
-from .cpt_loader import MixtureBatches, count_steps, make_loader
+from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
 from .cpt_rows import BAD_ROW_REASONS
 from .masking import IGNORE_INDEX

@@ -16,7 +16,7 @@ import torch
 from tests.trainers import cpt_run
 from tests.trainers.cpt_sources import numbered_rows, write_parquet, write_tars
 from tests.two_ranks import start_two_ranks
-from trainers.cpt_checkpoints import MARKER, find_checkpoint, last_complete
+from trainers.checkpoints import MARKER, find_checkpoint, last_complete
 
 MODES = [(False, 2), (True, 2)]
 

@@ -44,6 +44,8 @@ class MixtureBatches(RankBatches):
         num_read = batches.num_read
         while True:
             rows = batches.next_batch() or []
+            for _, error in batches.rejected:
+                self._collator.reject(error)
             inputs, undecodable = self._collator.encode([row for _, row in rows])
             rejected = batches.rejected + [(rows[index][0], error) for index, error in undecodable]
             batches.rejected = []
@@ -62,10 +64,7 @@ class MixtureBatches(RankBatches):
             num_read = batches.num_read
 
     def _prepare(self, row):
-        try:
-            prepared = self._collator.prepare(row.content, f"{row.dataset}, {row.row}", row.epoch)
-        except BadRowError as error:
-            raise self._collator.reject(error) from error
+        prepared = self._collator.prepare(row.content, f"{row.dataset}, {row.row}", row.epoch)
         return _Measured(row, prepared, self._args.max_cost)
 
 

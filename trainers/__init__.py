@@ -13,7 +13,7 @@ _EXPORTS = {
     "TaskBatchSampler": "contrastive_sampler",
     "build_sentence_transformer": "contrastive_trainer",
     "convert_moca_pairs": "contrastive_data",
-    "info_nce": "contrastive_loss",
+    "info_nce": "contrastive_info_nce",
     "CPTCollator": "cpt_collator",
     "CPTConfig": "cpt_config",
     "CPTMixture": "cpt_mixture",

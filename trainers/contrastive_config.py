@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
 
+from .contrastive_loss import check_matryoshka
+
 
 @dataclass
 class ContrastiveConfig(SentenceTransformerTrainingArguments):
@@ -15,7 +17,7 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
 
     The contrastive batch is `per_device_train_batch_size` times the number of ranks (paper: 2048). Gradient
     accumulation does NOT enlarge it: accumulated batches never see each other's rows. For a large batch in little
-    memory set `mini_batch_size`.
+    memory set `mini_batch_tokens`.
 
     Parameters:
         > Loss
@@ -29,9 +31,19 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
             Average with the loss of finding the query from the positive.
         false_negative_margin (`float`, *optional*):
             Leave out candidates whose cosine exceeds the positive's by more than this. Keeps all when not set.
+        matryoshka_dims (`list[int]`, *optional*):
+            Lengths of prefixes of the embedding, each renormalised, whose losses are added (arXiv 2205.13147), so that
+            shorter embeddings serve as well. The whole embedding alone when not set.
+        matryoshka_weights (`list[float]`, *optional*):
+            What each prefix's loss is multiplied by; 1 each when not set.
+        mini_batch_tokens (`int`, *optional*):
+            Cached gradients (GradCache, arXiv 2101.06983), in mini-batches of at most so many tokens through the
+            language model, padding included, plus image patches through the vision tower: a patch counts as a token, so
+            that an image token with its 4 patches counts 5. Features then stay on the host until their mini-batch
+            comes, and memory follows the mini-batch instead of the batch, for one more forward pass. A row of more
+            tokens stands alone. Whole columns are embedded when neither this nor `mini_batch_size` is set.
         mini_batch_size (`int`, *optional*):
-            Rows a column embedded at a time, with cached gradients; pixels then stay on the host until their
-            mini-batch comes. Whole columns are embedded when not set.
+            The same, with at most so many rows in a mini-batch; with both, whichever limit is reached first.
 
         > Data
 
@@ -76,9 +88,17 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
     false_negative_margin: float | None = field(
         default=None, metadata={"help": "Leave out candidates this much nearer than the positive."}
     )
-    mini_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows a column embedded at a time, with cached gradients."}
+    matryoshka_dims: list[int] | None = field(
+        default=None, metadata={"help": "Lengths of prefixes of the embedding whose losses are added."}
     )
+    matryoshka_weights: list[float] | None = field(
+        default=None, metadata={"help": "What each prefix's loss is multiplied by; 1 each when not set."}
+    )
+    mini_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Padded tokens plus image patches of a mini-batch, with cached gradients."},
+    )
+    mini_batch_size: int | None = field(default=None, metadata={"help": "Rows of a mini-batch, with cached gradients."})
     task_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}
     )
@@ -107,8 +127,11 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
                 f"prompts by task need task_batches=True, got {self.prompts}: in a mixed batch a column has one prompt "
                 "(ContrastiveConfig)."
             )
-        if self.mini_batch_size is not None and self.mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be at least 1, got {self.mini_batch_size} (ContrastiveConfig).")
+        for name in ("mini_batch_size", "mini_batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value} (ContrastiveConfig).")
+        check_matryoshka(self.matryoshka_dims, self.matryoshka_weights, "ContrastiveConfig")
         if (
             self.batch_sampler != BatchSamplers.BATCH_SAMPLER
             or self.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL

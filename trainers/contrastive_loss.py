@@ -1,118 +1,25 @@
-"""InfoNCE over a global batch, with hard negatives, cached gradients and exact gradients across ranks."""
+"""The loss of a global batch: InfoNCE over all ranks, Matryoshka prefixes, and cached gradients in mini-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.base.losses.gradcache import CachedLossMixin, RandContext
+from sentence_transformers.base.losses.merged_forward import column_merging_disabled, embed_columns
 from sentence_transformers.util.distributed import all_gather, all_gather_with_grad, get_rank, get_world_size
 from torch import Tensor, nn
 
+from .contrastive_info_nce import info_nce
+from .contrastive_minibatches import Column, plan_mini_batches
 
-def info_nce(
-    query: Tensor,
-    positive: Tensor,
-    negatives: Tensor | Sequence[Tensor] | None = None,
-    negatives_mask: Tensor | None = None,
-    *,
-    temperature: float = 0.03,
-    all_negatives: bool = True,
-    symmetric: bool = False,
-    false_negative_margin: float | None = None,
-    rows: tuple[int, int] | None = None,
-) -> Tensor:
-    """Mean over rows of `-log softmax(cosine / temperature)` at the row's own positive.
-
-    The denominator of row i holds its own positive, every other row's positive, its own hard negatives and, with
-    `all_negatives`, every other row's hard negatives. Source: MoCa (arXiv 2506.23115), section 3.2. Half-precision
-    embeddings are widened first: a cosine formed in bfloat16 and divided by 0.03 is off by up to 0.1.
-
-    Args:
-        query: embeddings of shape [N, d], of any length (they are normalised here).
-        positive: embeddings of shape [N, d]; row i belongs to query i.
-        negatives: hard negatives of shape [N, K, d], or K tensors of shape [N, d], or None for K = 0.
-        negatives_mask: booleans of shape [N, K], True where the negative exists; None when all do.
-        temperature: divisor of the cosine, 0.03 in the paper.
-        all_negatives: True (paper): a row's hard negatives count for every row; False (reference code): only for
-            their own row.
-        symmetric: average with the loss of finding the query from the positive.
-        false_negative_margin: leave a candidate out when its cosine exceeds the positive's by more than this; None
-            keeps all.
-        rows: (begin, end) of the rows to average over, the others only being candidates; None means all rows. With
-            embeddings gathered from all ranks, a rank passes its own rows.
-
-    Returns:
-        A scalar, float32 (float64 for float64 embeddings).
-
-    Raises:
-        ValueError: for a temperature that is not positive, or shapes that do not fit together.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature} (info_nce).")
-    if query.ndim != 2 or query.shape != positive.shape:
-        raise ValueError(
-            f"query and positive must share one shape [N, d], got {tuple(query.shape)} and {tuple(positive.shape)} "
-            "(info_nce)."
-        )
-    if isinstance(negatives, Sequence):
-        negatives = torch.stack(list(negatives), dim=1) if len(negatives) else None  # [N, K, d]
-    num_rows, dim = query.shape
-    num_negatives = 0 if negatives is None else negatives.shape[1]
-    if negatives is not None and negatives.shape != (num_rows, num_negatives, dim):
-        raise ValueError(
-            f"negatives must have shape [N, K, d] with N = {num_rows} and d = {dim}, got {tuple(negatives.shape)} "
-            "(info_nce)."
-        )
-    if negatives_mask is not None and negatives_mask.shape != (num_rows, num_negatives):
-        raise ValueError(
-            f"negatives_mask must have shape [N, K] = {(num_rows, num_negatives)}, got {tuple(negatives_mask.shape)} "
-            "(info_nce)."
-        )
-    begin, end = (0, num_rows) if rows is None else rows
-    if not 0 <= begin < end <= num_rows:
-        raise ValueError(f"rows must lie within (0, {num_rows}) and not be empty, got {rows} (info_nce).")
-
-    # Autocast would compute the cosine in half precision again.
-    with torch.autocast(device_type=query.device.type, enabled=False):
-        query, positive = _unit(query), _unit(positive)
-        own = torch.arange(begin, end, device=query.device)  # [R] column of each row's own positive
-        cosine = query[begin:end] @ positive.T  # [R, N]
-        if num_negatives:
-            negatives = _unit(negatives)
-            if negatives_mask is None:
-                negatives_mask = torch.ones(num_rows, num_negatives, dtype=torch.bool, device=query.device)
-            if all_negatives:
-                negative_cosine = query[begin:end] @ negatives.flatten(0, 1).T  # [R, N * K]
-                exists = negatives_mask.flatten()  # [N * K], the same for every row
-            else:
-                negative_cosine = torch.einsum("rd,rkd->rk", query[begin:end], negatives[begin:end])  # [R, K]
-                exists = negatives_mask[begin:end]  # [R, K]
-            cosine = torch.cat([cosine, negative_cosine.masked_fill(~exists, -torch.inf)], dim=1)
-        loss = _cross_entropy(cosine, own, temperature, false_negative_margin)
-        if symmetric:
-            reverse_cosine = positive[begin:end] @ query.T  # [R, N]
-            loss = (loss + _cross_entropy(reverse_cosine, own, temperature, false_negative_margin)) / 2
-    return loss
-
-
-def _unit(embeddings: Tensor) -> Tensor:
-    """Embeddings at least float32 and of length 1."""
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=-1)
-
-
-def _cross_entropy(cosine: Tensor, own: Tensor, temperature: float, false_negative_margin: float | None) -> Tensor:
-    """Mean cross-entropy of cosine [R, M] / temperature at column `own` [R]."""
-    if false_negative_margin is not None:
-        positive_cosine = cosine.gather(1, own[:, None])  # [R, 1]
-        # The positive itself is never above its own cosine plus a margin, unless the margin is negative.
-        false_negative = (cosine > positive_cosine + false_negative_margin).scatter(1, own[:, None], False)
-        cosine = cosine.masked_fill(false_negative, -torch.inf)
-    return F.cross_entropy(cosine / temperature, own)
+_LABELS = ("negatives_mask", "positive_hash", "negative_hash")
+# Rows whose cosines with all candidates are held at a time: in float32 128 x 6144 take 3 MB, 2048 x 6144 50 MB.
+_ROWS_AT_A_TIME = 128
 
 
 class InfoNCELoss(CachedLossMixin, nn.Module):
@@ -122,23 +29,35 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
     gradients back to the rank that made an embedding. Data parallelism averages gradients over ranks, so that the
     result is the gradient of the mean over the global batch, as one process would compute it.
 
+    With cached gradients (GradCache, arXiv 2101.06983) memory follows the mini-batch while the loss sees the whole
+    batch, for one more forward pass. Rows of a column are embedded in order of length, so that little is padding, and
+    features stay where they are, on the host for instance, until their mini-batch comes.
+
     Args:
         model: the model that embeds a column's features into `sentence_embedding` [B, d].
         temperature: see `info_nce`.
         all_negatives: see `info_nce`.
         symmetric: see `info_nce`.
         false_negative_margin: see `info_nce`.
-        mini_batch_size: rows a column embedded at a time with cached gradients (GradCache, arXiv 2101.06983): memory
-            follows the mini-batch while the loss sees the whole batch, for one more forward pass. None embeds whole
-            columns.
+        matryoshka_dims: lengths of prefixes of the embedding, each renormalised, whose losses are added
+            (arXiv 2205.13147); None for the whole embedding alone.
+        matryoshka_weights: what each prefix's loss is multiplied by; 1 each when None.
+        mini_batch_size: most rows of a mini-batch.
+        mini_batch_tokens: most tokens of a mini-batch through the language model, padding included, plus image patches
+            through the vision tower: a patch counts as a token. A row that has more stands alone. With both limits,
+            whichever is reached first; with neither, whole columns are embedded, without cached gradients.
 
     Raises:
-        ValueError: for a mini_batch_size below 1.
+        ValueError: for a mini_batch_size or mini_batch_tokens below 1, Matryoshka dimensions that are not distinct
+            numbers from 1 to the model's, or weights that do not fit them.
 
     Example:
-        >>> loss = InfoNCELoss(model, temperature=0.03, mini_batch_size=8)
+        >>> loss = InfoNCELoss(model, temperature=0.03, mini_batch_tokens=16_384)
         >>> value = loss([query_features, positive_features, negative_features], negatives_mask)
     """
+
+    # What the mixin would cut by: mini-batches reach it cut.
+    mini_batch_size = sys.maxsize
 
     def __init__(
         self,
@@ -147,70 +66,139 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
         all_negatives: bool = True,
         symmetric: bool = False,
         false_negative_margin: float | None = None,
+        matryoshka_dims: Sequence[int] | None = None,
+        matryoshka_weights: Sequence[float] | None = None,
         mini_batch_size: int | None = None,
+        mini_batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        if mini_batch_size is not None and mini_batch_size < 1:
-            raise ValueError(f"mini_batch_size must be at least 1, or None, got {mini_batch_size} (InfoNCELoss).")
+        for name, value in (("mini_batch_size", mini_batch_size), ("mini_batch_tokens", mini_batch_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None, got {value} (InfoNCELoss).")
+        check_matryoshka(matryoshka_dims, matryoshka_weights, "InfoNCELoss")
         self.model = model
         self.temperature = temperature
         self.all_negatives = all_negatives
         self.symmetric = symmetric
         self.false_negative_margin = false_negative_margin
-        self.mini_batch_size = mini_batch_size
-        self.uses_gradient_cache = mini_batch_size is not None
-        if mini_batch_size is not None:
-            model.register_forward_pre_hook(_move_pixels)
+        self.matryoshka_dims = None if matryoshka_dims is None else list(matryoshka_dims)
+        self.matryoshka_weights = None if matryoshka_weights is None else list(matryoshka_weights)
+        self.max_rows = mini_batch_size
+        self.max_tokens = mini_batch_tokens
+        self.uses_gradient_cache = mini_batch_size is not None or mini_batch_tokens is not None
 
-    def forward(self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """Loss of this rank's rows.
 
         Args:
             sentence_features: features of the query, the positive and K hard negatives, a dict a column.
-            labels: the negatives mask, booleans of shape [B, K]; None when every negative exists.
+            labels: the negatives mask, booleans of shape [B, K], or a dict of any of `negatives_mask`, `positive_hash`
+                (int64 of shape [B]) and `negative_hash` ([B, K]), see `info_nce`; None when every negative exists. The
+                same on every rank.
 
         Raises:
-            ValueError: for fewer than two columns.
+            ValueError: for fewer than two columns, unknown labels, or too long a Matryoshka prefix.
         """
         sentence_features = list(sentence_features)
         if len(sentence_features) < 2:
             raise ValueError(
                 f"InfoNCELoss needs the columns query, positive and optionally negatives, got {len(sentence_features)}."
             )
-        if self.mini_batch_size is not None:
-            return self.forward_cached(sentence_features, labels)
-        return self.calculate_loss([[column] for column in embed_columns(self.model, sentence_features)], labels)
+        if not isinstance(labels, Mapping):
+            labels = {} if labels is None else {"negatives_mask": labels}
+        if unknown := sorted(set(labels) - set(_LABELS)):
+            raise ValueError(f"Labels hold {unknown}, allowed are {list(_LABELS)} (InfoNCELoss).")
+        if not self.uses_gradient_cache:
+            # Columns would be merged into one forward pass by what they hold, which differs between ranks, and ranks
+            # that share weights must run equally many.
+            with column_merging_disabled() if get_world_size() > 1 else nullcontext():
+                columns = embed_columns(self.model, sentence_features)
+            return self._global_loss(torch.stack(columns, dim=1), labels)
+        columns = [Column(features, f"column {number}") for number, features in enumerate(sentence_features)]
+        plan = plan_mini_batches(columns, self.max_rows, self.max_tokens, self._device())
+        # The tensor tells the mixin how many rows there are.
+        mini_batches = [{"rows": torch.tensor(rows), "column": columns[number]} for number, rows in plan]
+        num_rows = columns[0].num_rows
+        order = torch.tensor([number * num_rows + row for number, rows in plan for row in rows])  # [(2 + K) * B]
+        return self.forward_cached(mini_batches, (order.argsort().view(-1, num_rows), labels))
+
+    def embed_minibatch(
+        self,
+        sentence_feature: dict[str, Any],
+        begin: int,
+        end: int,
+        with_grad: bool,
+        copy_random_state: bool,
+        random_state: RandContext | None = None,
+    ) -> tuple[Tensor, RandContext | None]:
+        """Embed one mini-batch, as `CachedLossMixin` asks for it; only then are its features on the device."""
+        features = sentence_feature["column"].cut(sentence_feature["rows"].tolist(), self._device())
+        with random_state or nullcontext(), torch.set_grad_enabled(with_grad):
+            random_state = RandContext(*features.values()) if copy_random_state else None
+            return self.model(features)["sentence_embedding"], random_state  # [n, d]
 
     def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+        self, reps: list[list[Tensor]], labels: tuple[Tensor, Mapping[str, Tensor]], *, with_backward: bool = False
     ) -> Tensor:
-        """Loss from the embeddings of each column's mini-batches, as `CachedLossMixin` asks for it."""
-        columns = torch.stack([torch.cat(mini_batches) for mini_batches in reps], dim=1)  # [B, 2 + K, d]
+        """Loss from the embeddings of mini-batches and where each row's stands, as `CachedLossMixin` asks for it."""
+        places, labels = labels  # [2 + K, B]
+        embeddings = torch.cat([embeddings for (embeddings,) in reps])  # [(2 + K) * B, d], mini-batch by mini-batch
+        return self._global_loss(embeddings[places.T.to(embeddings.device)], labels, with_backward)
+
+    def _global_loss(self, columns: Tensor, labels: Mapping[str, Tensor], with_backward: bool = False) -> Tensor:
+        """Loss of this rank's rows from the columns' embeddings [B, 2 + K, d]."""
         columns = columns.to(torch.promote_types(columns.dtype, torch.float32))
-        batch_size = columns.shape[0]
-        negatives_mask = labels  # [B, K]
-        rows = (0, batch_size)
+        num_rows, first = len(columns), 0
+        if self.matryoshka_dims is not None and max(self.matryoshka_dims) > columns.shape[-1]:
+            raise ValueError(
+                f"matryoshka_dims must not exceed the embedding's {columns.shape[-1]} dimensions, got "
+                f"{self.matryoshka_dims} (InfoNCELoss)."
+            )
         if get_world_size() > 1:
             columns = all_gather_with_grad(columns)  # [W * B, 2 + K, d]
-            if negatives_mask is not None:
-                # Not every backend gathers booleans.
-                negatives_mask = all_gather(negatives_mask.to(torch.uint8)).bool()  # [W * B, K]
-            rows = (get_rank() * batch_size, (get_rank() + 1) * batch_size)
-        loss = info_nce(
-            columns[:, 0],
-            columns[:, 1],
-            columns[:, 2:] if columns.shape[1] > 2 else None,
-            negatives_mask if columns.shape[1] > 2 else None,
-            temperature=self.temperature,
-            all_negatives=self.all_negatives,
-            symmetric=self.symmetric,
-            false_negative_margin=self.false_negative_margin,
-            rows=rows,
-        )
-        if with_backward:
-            loss.backward()
-            loss = loss.detach()
-        return loss
+            # Not every backend gathers booleans.
+            masks = {name: value.dtype == torch.bool for name, value in labels.items()}
+            labels = {name: all_gather(value.byte() if masks[name] else value) for name, value in labels.items()}
+            labels = {name: value.bool() if masks[name] else value for name, value in labels.items()}
+            first = get_rank() * num_rows
+        if not with_backward:
+            return sum(self._prefix_losses(columns, labels, (first, first + num_rows)))
+        # A few rows at a time, up to the embeddings: their cosines would outgrow a mini-batch's activations.
+        embeddings = columns.detach().requires_grad_()
+        total = columns.new_zeros(())
+        for begin in range(first, first + num_rows, _ROWS_AT_A_TIME):
+            end = min(begin + _ROWS_AT_A_TIME, first + num_rows)
+            for loss in self._prefix_losses(embeddings, labels, (begin, end)):
+                loss = loss * ((end - begin) / num_rows)
+                loss.backward()
+                total += loss.detach()
+        columns.backward(embeddings.grad)
+        return total
+
+    def _prefix_losses(self, columns: Tensor, labels: Mapping[str, Tensor], rows: tuple[int, int]) -> Iterator[Tensor]:
+        """Weighted loss of some rows for each Matryoshka prefix, from all ranks' embeddings [N, 2 + K, d]."""
+        has_negatives = columns.shape[1] > 2
+        labels = {name: value for name, value in labels.items() if has_negatives or name == "positive_hash"}
+        dims = self.matryoshka_dims or [columns.shape[-1]]
+        for dim, weight in zip(dims, self.matryoshka_weights or [1.0] * len(dims)):
+            loss = info_nce(
+                columns[:, 0, :dim],
+                columns[:, 1, :dim],
+                columns[:, 2:, :dim] if has_negatives else None,
+                **labels,
+                temperature=self.temperature,
+                all_negatives=self.all_negatives,
+                symmetric=self.symmetric,
+                false_negative_margin=self.false_negative_margin,
+                rows=rows,
+            )
+            yield weight * loss
+
+    def _device(self) -> torch.device:
+        """Where mini-batches go: a wrapped model has no `device`."""
+        return next(self.model.parameters()).device
 
     def get_config_dict(self) -> dict[str, Any]:
         """The loss's settings."""
@@ -219,16 +207,24 @@ class InfoNCELoss(CachedLossMixin, nn.Module):
             "all_negatives": self.all_negatives,
             "symmetric": self.symmetric,
             "false_negative_margin": self.false_negative_margin,
-            "mini_batch_size": self.mini_batch_size,
+            "matryoshka_dims": self.matryoshka_dims,
+            "matryoshka_weights": self.matryoshka_weights,
+            "mini_batch_size": self.max_rows,
+            "mini_batch_tokens": self.max_tokens,
         }
 
 
-def _move_pixels(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook: bring one mini-batch's pixels to the model's device.
+def check_matryoshka(dims: Sequence[int] | None, weights: Sequence[float] | None, where: str) -> None:
+    """Refuse Matryoshka dimensions and weights that cannot be meant.
 
-    The trainer leaves pixels on the host, since those of a whole batch would not fit beside the model (an image of
-    1024 tokens takes 19 MB).
+    Raises:
+        ValueError: for no dimensions, one below 1 or given twice, weights without dimensions, of another number, or not
+            positive; the message ends with `where`.
     """
-    features = args[0] if args else None
-    if isinstance(features, dict) and "pixel_values" in features:
-        features["pixel_values"] = features["pixel_values"].to(model.device, non_blocking=True)
+    if dims is not None and (len(dims) == 0 or min(dims) < 1 or len(set(dims)) < len(dims)):
+        raise ValueError(f"matryoshka_dims must be distinct numbers of at least 1, got {list(dims)} ({where}).")
+    if weights is not None and (dims is None or len(weights) != len(dims) or min(weights) <= 0):
+        raise ValueError(
+            f"matryoshka_weights must be positive, one for each of matryoshka_dims {dims}, got {list(weights)} "
+            f"({where})."
+        )

@@ -134,10 +134,11 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             )
         self._tasks = list(train_dataset or {}) if args.task_batches else [_MIXED]
         self._reset_task_totals()
-        if self.is_deepspeed_enabled and args.mini_batch_size is not None:
+        if self.is_deepspeed_enabled and (args.mini_batch_size is not None or args.mini_batch_tokens is not None):
             raise ValueError(
-                f"mini_batch_size={args.mini_batch_size} runs several backward passes a step, which DeepSpeed's ZeRO "
-                "refuses: leave mini_batch_size unset, or train without DeepSpeed (ContrastiveTrainer)."
+                f"mini_batch_size={args.mini_batch_size}, mini_batch_tokens={args.mini_batch_tokens}: mini-batches run "
+                "several backward passes a step, which DeepSpeed's ZeRO refuses. Leave both unset, or train without "
+                "DeepSpeed (ContrastiveTrainer)."
             )
         # A step runs one forward pass a column. Ranks must agree on what each pass uses, or sharded runs abort, and
         # distributed data parallel takes the parameters that the last pass did not use for unused ones.
@@ -151,7 +152,10 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             all_negatives=self.args.all_negatives,
             symmetric=self.args.symmetric,
             false_negative_margin=self.args.false_negative_margin,
+            matryoshka_dims=self.args.matryoshka_dims,
+            matryoshka_weights=self.args.matryoshka_weights,
             mini_batch_size=self.args.mini_batch_size,
+            mini_batch_tokens=self.args.mini_batch_tokens,
         )
 
     # Data.
@@ -205,10 +209,11 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return super()._run_epoch(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        on_host = {}
-        if self.args.mini_batch_size is not None:
-            on_host = {name: value for name, value in inputs.items() if name.endswith("pixel_values")}
-        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in on_host})
+        # Cached gradients move a mini-batch at a time, and plan on the host.
+        cached = isinstance(self.loss, InfoNCELoss) and self.loss.uses_gradient_cache
+        on_host = {name: value for name, value in inputs.items() if cached and name != "label"}
+        to_move = {name: value for name, value in inputs.items() if name not in on_host}
+        prepared = super()._prepare_inputs(to_move) if to_move else {}
         # The order of the columns decides which one is the query.
         return {name: on_host[name] if name in on_host else prepared[name] for name in inputs}
 

@@ -22,7 +22,7 @@ from tests.trainers.contrastive_cases import SCENARIOS
 from tests.trainers.cpt_rows import make_rows
 from tests.trainers.test_cpt_trainer import make_model
 from trainers.contrastive_config import ContrastiveConfig
-from trainers.contrastive_loss import info_nce
+from trainers.contrastive_info_nce import info_nce
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer

@@ -23,7 +23,7 @@ COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown"
 # The last one: how the authors' released code puts its batches together, and which negatives it counts.
 SCENARIOS = {
     "plain": {"symmetric": True},
-    "cached": {"symmetric": True, "mini_batch_size": 2},
+    "cached": {"symmetric": True, "mini_batch_tokens": 40, "matryoshka_dims": [32, 8]},
     "reference": {"all_negatives": False, "task_batches": False},
 }
 

@@ -22,7 +22,8 @@ from tests.trainers.contrastive_cases import (
     texts_task,
 )
 from trainers.contrastive_data import ContrastiveDataCollator
-from trainers.contrastive_loss import InfoNCELoss, info_nce
+from trainers.contrastive_info_nce import info_nce
+from trainers.contrastive_loss import InfoNCELoss
 from trainers.contrastive_sampler import TaskBatchSampler
 from trainers.contrastive_trainer import ContrastiveTrainer
 
@@ -133,7 +134,10 @@ def test_settings_reach_the_loss(checkpoint, tmp_path):
         "all_negatives": False,
         "symmetric": True,
         "false_negative_margin": 0.2,
+        "matryoshka_dims": [32, 16],
+        "matryoshka_weights": [1.0, 0.5],
         "mini_batch_size": 3,
+        "mini_batch_tokens": 500,
     }
     _, trainer = train(checkpoint, tmp_path, **settings)
     assert trainer.loss.get_config_dict() == settings
@@ -235,6 +239,11 @@ def test_data_is_checked(checkpoint, tmp_path, data, message):
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"task_alpha": 2.0}, r"task_alpha must lie in \[0, 1\], got 2.0"),
         ({"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
+        ({"mini_batch_tokens": 0}, "mini_batch_tokens must be at least 1, got 0"),
+        ({"matryoshka_dims": []}, r"matryoshka_dims must be distinct numbers of at least 1, got \[\]"),
+        ({"matryoshka_dims": [8, 8]}, r"matryoshka_dims must be distinct .* got \[8, 8\] \(ContrastiveConfig\)"),
+        ({"matryoshka_weights": [1.0]}, r"one for each of matryoshka_dims None, got \[1.0\]"),
+        ({"matryoshka_dims": [8, 4], "matryoshka_weights": [1.0]}, r"one for each of matryoshka_dims \[8, 4\]"),
         ({"batch_sampler": "no_duplicates"}, "leave batch_sampler"),
         ({"task_batches": False, "task_alpha": 0.5}, "task_alpha=0.5 .* needs task_batches=True"),
         ({"task_batches": False, "prompts": {"texts": {"query": "a"}}}, "prompts by task need task_batches=True"),
@@ -253,8 +262,10 @@ def test_cached_gradients_and_deepspeed_exclude_each_other(checkpoint, tmp_path,
         trainer.is_deepspeed_enabled = True
 
     monkeypatch.setattr(ContrastiveTrainer, "create_accelerator_and_postprocess", with_deepspeed)
-    with pytest.raises(ValueError, match="mini_batch_size=2 runs several backward passes a step"):
+    with pytest.raises(ValueError, match="mini_batch_size=2, mini_batch_tokens=None: .* several backward passes"):
         train(checkpoint, tmp_path, mini_batch_size=2)
+    with pytest.raises(ValueError, match="mini_batch_size=None, mini_batch_tokens=64"):
+        train(checkpoint, tmp_path, mini_batch_tokens=64)
 
 
 def test_unconverted_backbone_is_refused(tmp_path):

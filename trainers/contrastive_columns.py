@@ -32,8 +32,10 @@ def read_pair(row: dict[str, Any], source: PairSource, place: str) -> dict[str, 
     Raises:
         BadRowError: a list of negatives is no list, or a path leads out of `image_folder`.
     """
-    groups = source.negatives if isinstance(source.negatives, list) else [source.negatives]
-    negatives = [side for columns in groups if columns is not None for side in _sides(source, row, columns, place)]
+    if isinstance(source.negatives, list):
+        negatives = [_side(source, row, columns, place) for columns in source.negatives]
+    else:
+        negatives = [] if source.negatives is None else _sides(source, row, source.negatives, place)
     return {
         "query": _side(source, row, source.query, place),
         "positive": _side(source, row, source.positive, place),
@@ -52,7 +54,7 @@ def _side(source, row, columns, place):
 
 
 def _sides(source, row, columns, place):
-    """Return the negatives of one group of columns, each a value or a list."""
+    """Return the negatives of columns that hold a value or a list each."""
     if isinstance(columns, str):
         values = _list(source, value_at(row, columns), columns, place)
         return [_value(source, value, columns, place) for value in values]
@@ -121,6 +123,8 @@ def _image(source, value, place):
 
 
 def _path(source, path, place):
+    if source.trusts_paths:
+        return path
     if source.image_folder is None:
         raise BadRowError(
             "unsafe_path", f"{place}: {path!r} is a path, but the data set has no image_folder that it is below."

@@ -43,8 +43,8 @@ class PairSource(RowSource):
         query, positive (`str` or `dict`, *optional*): columns of a side: `{"text": name, "image": name or list}`, of
             which one is enough; or one name, for a column of texts, of images, or of structs `{"text", "image"}`.
             Dotted names reach into structs. In an image column a string is a path below `image_folder`.
-        negatives (`str`, `dict` or `list`, *optional*): the same for the hard negatives, each column a value or a list;
-            or a list of those, a negative each. The layout's, if the data set has them, when omitted.
+        negatives (`str`, `dict` or `list`, *optional*): the same for the hard negatives, where a column may hold a list
+            of them; or a list of such columns, one negative each. The layout's, if the data set has them, when omitted.
         image_folder (`str`, *optional*): folder below which paths of images are. Absolute paths, `..` and links that
             lead out of it are refused.
         num_negatives (`int`, *optional*): hard negatives of a row that are used, the first ones (paper: 2). Rows may
@@ -65,6 +65,9 @@ class PairSource(RowSource):
         >>> PairSource("moca-embed/MoCa-CL-Pairs", name="visrag_ind", layout="moca_pairs", image_folder="images")
         >>> PairSource("parquet", data_files="pages/*.parquet", layout="pages", kind="long_form", batch_size=32)
     """
+
+    # Set where a program hands over a data set of its own, in which it has put the paths itself.
+    trusts_paths = False
 
     task: str | None = None
     layout: str = "columns"
@@ -134,8 +137,8 @@ class PairSource(RowSource):
                 continue
             if missing:
                 raise ValueError(
-                    f"Data set {self.task!r} has no column {missing[0]!r} for its {side}; its columns are {list(names)}. "
-                    "Name the right one, or choose another layout."
+                    f"Data set {self.task!r} has no column {missing[0]!r} for its {side}; its columns are "
+                    f"{list(names)}. Name the right one, or choose another layout."
                 )
 
     def load(self, streaming):

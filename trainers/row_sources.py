@@ -123,7 +123,18 @@ def read_row(rows, index):
         rows (`datasets.Dataset`): the data set.
         index (`int`): which row.
     """
-    return rows[index : index + 1].to_pylist()[0]
+    return rows_of(rows[index : index + 1])[0]
+
+
+def rows_of(batch):
+    """Return the rows of a batch of a data set.
+
+    Args:
+        batch (`pyarrow.Table` or `dict`): as tables, or as columns where the data set has a format of its own.
+    """
+    if isinstance(batch, dict):
+        return [dict(zip(batch, values)) for values in zip(*batch.values())]
+    return batch.to_pylist()
 
 
 def value_at(row, column):
@@ -210,4 +221,14 @@ def unit_hash(*numbers):
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-__all__ = ["RowSource", "RowStream", "check_weights", "load_rows", "read_row", "sample_rows", "unit_hash", "value_at"]
+__all__ = [
+    "RowSource",
+    "RowStream",
+    "check_weights",
+    "load_rows",
+    "read_row",
+    "rows_of",
+    "sample_rows",
+    "unit_hash",
+    "value_at",
+]

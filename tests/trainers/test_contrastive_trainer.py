@@ -24,7 +24,7 @@ from tests.trainers.contrastive_cases import (
 from trainers.contrastive_data import ContrastiveDataCollator
 from trainers.contrastive_info_nce import info_nce
 from trainers.contrastive_loss import InfoNCELoss
-from trainers.contrastive_sampler import TaskBatchSampler
+from trainers.contrastive_sampler import OrderedBatches
 from trainers.contrastive_trainer import ContrastiveTrainer
 
 
@@ -74,12 +74,11 @@ def test_stock_modules_pool_as_the_model_does(checkpoint, tmp_path, pooling):
 
 def test_prompts_by_task_and_max_length(checkpoint, tmp_path):
     settings = arguments(tmp_path, prompts={"texts": {"query": "find: "}}, max_length=12)
-    trainer = ContrastiveTrainer(
-        build(checkpoint, max_length=12), settings, {"texts": texts_task(), "mixed": mixed_task()}
-    )
+    data = {"texts": texts_task(), "mixed": mixed_task()}
+    trainer = ContrastiveTrainer(build(checkpoint, max_length=12), settings, data)
     tokenizer = trainer.model.tokenizer
     for task in ("texts", "mixed"):
-        batch = trainer.data_collator([trainer.train_dataset[task][index] for index in range(4)])
+        batch = trainer.data_collator([{"dataset_name": task, **data[task][index]} for index in range(4)])
         queries = tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
         assert [query.startswith("find: ") for query in queries] == [task == "texts"] * 4
         assert all(value.shape[1] <= 12 for key, value in batch.items() if key.endswith("input_ids"))
@@ -106,7 +105,8 @@ def test_features_reach_the_loss_as_rows_say(checkpoint, all_negatives):
     model = build(checkpoint).eval()
     rows = [mixed_task()[index] for index in range(8)]
     batch = ContrastiveDataCollator(model.preprocess)(rows)
-    assert batch["label"][:, 0].tolist() == [False, True, False, False, False, True, False, False]
+    mask = batch["label"]["negatives_mask"]
+    assert mask[:, 0].tolist() == [False, True, False, False, False, True, False, False]
     features = [
         {key[len(column) + 1 :]: value for key, value in batch.items() if key.startswith(column + "_")}
         for column in ("query", "positive", "negative_1")
@@ -123,8 +123,8 @@ def test_features_reach_the_loss_as_rows_say(checkpoint, all_negatives):
         )
         present = [row["negative_1"] for row in rows if row["negative_1"] is not None]
         negatives = torch.zeros(8, 1, query.shape[1])
-        negatives[batch["label"][:, 0], 0] = torch.stack([torch.as_tensor(embed(image)) for image in present])
-        expected = info_nce(query, positive, negatives, batch["label"], all_negatives=all_negatives)
+        negatives[mask[:, 0], 0] = torch.stack([torch.as_tensor(embed(image)) for image in present])
+        expected = info_nce(query, positive, negatives, mask, all_negatives=all_negatives)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -147,13 +147,13 @@ def test_masked_negatives(checkpoint):
     model = build(checkpoint)
     batch = ContrastiveDataCollator(model.preprocess)([texts_task()[index] for index in range(4)])
     # Row 0: missing and blank; row 1: equal to its positive; row 3: missing.
-    assert batch["label"].tolist() == [[False, False], [False, True], [True, True], [False, True]]
+    assert batch["label"]["negatives_mask"].tolist() == [[False, False], [False, True], [True, True], [False, True]]
 
 
 @pytest.mark.parametrize("empty", [None, "", {"text": " ", "image": None}])
 def test_rows_without_query_are_refused(checkpoint, empty):
     rows = [{"query": empty, "positive": "the sea", "dataset_name": "texts"}]
-    with pytest.raises(ValueError, match="'texts' has a row whose 'query' holds neither text nor image"):
+    with pytest.raises(ValueError, match="Data set 'texts', row 0 of the batch: its query holds neither text nor image"):
         ContrastiveDataCollator(build(checkpoint).preprocess)(rows)
 
 
@@ -188,7 +188,7 @@ def test_evaluation_reports_each_task(checkpoint, tmp_path):
     model, trainer = train(checkpoint, tmp_path, eval_dataset=data, per_device_eval_batch_size=4)
     metrics = trainer.evaluate()
     assert {"eval_texts_loss", "eval_mixed_loss"} <= set(metrics)
-    batches = list(TaskBatchSampler({"eval": 11}, 4, shuffle=False, keep_partial=True))
+    batches = list(OrderedBatches(11, 4))
     assert [len(batch) for batch in batches] == [4, 4, 3]
     losses = []
     for batch in batches:
@@ -203,12 +203,14 @@ def test_mixed_batches_hold_rows_of_all_tasks_and_their_own_negatives(checkpoint
     data = {"texts": texts_task(16), "mixed": mixed_task(16)}  # two hard negatives, and one
     _, trainer = train(checkpoint, tmp_path, data, task_batches=False, all_negatives=False)
     loader = trainer.get_train_dataloader()
-    batches = list(trainer.train_sampler)
+    plan = trainer._schedule.plan
+    batches = [plan.batch(number)[1].tolist() for number in range(plan.num_batches)]
     assert sorted(row for batch in batches for row in batch) == list(range(32))
     assert all(min(batch) < 16 <= max(batch) for batch in batches), "a batch of one task"
     for rows, batch in zip(batches, loader):
-        assert batch["label"].shape == (8, 2)
-        for row, exists in zip(rows, batch["label"].tolist()):
+        mask = batch["inputs"]["label"]["negatives_mask"]
+        assert mask.shape == (8, 2)
+        for row, exists in zip(rows, mask.tolist()):
             source = data["texts"][row] if row < 16 else data["mixed"][row - 16]
             for number, there in enumerate(exists, start=1):
                 negative = source.get(f"negative_{number}")

@@ -47,6 +47,10 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         mini_batch_size (`int`, *optional*):
             The same, with at most so many rows in a mini-batch; with both, whichever limit is reached first.
 
+        mask_equal_positives (`bool`, *optional*, defaults to `True`):
+            Another row's positive, or negative, with the same content as the row's own positive is not its negative.
+            `False`: it is (the authors' released code).
+
         > Data
 
         task_alpha (`float`, *optional*, defaults to `1.0`):
@@ -110,6 +114,10 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         metadata={"help": "Padded tokens plus image patches of a mini-batch, with cached gradients."},
     )
     mini_batch_size: int | None = field(default=None, metadata={"help": "Rows of a mini-batch, with cached gradients."})
+    mask_equal_positives: bool = field(
+        default=True,
+        metadata={"help": "A candidate equal to the row's positive is no negative; False: it is (released code)."},
+    )
     task_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}
     )

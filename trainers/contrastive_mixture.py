@@ -19,6 +19,8 @@ from .row_sources import check_weights, read_row, rows_of, sample_rows
 
 logger = logging.getLogger(__name__)
 
+# Part of what `datasets` looks a result up by in its cache: to be raised when checks or hashes change.
+_CHECK_VERSION = 1
 _CHECKED = datasets.Features(
     {
         "key": datasets.Value("int64"),
@@ -90,13 +92,16 @@ class PairMixture:
             self.checked = [_check(rows, source, num_proc) for source, rows in zip(self.sources, self.loaded)]
 
     @classmethod
-    def from_datasets(cls, by_task: Mapping[str, datasets.Dataset], seed: int = 0) -> PairMixture:
+    def from_datasets(
+        cls, by_task: Mapping[str, datasets.Dataset], seed: int = 0, distinct_positives: bool = True
+    ) -> PairMixture:
         """Mix data sets with the columns `query`, `positive`, and any number of `negative_1`, `negative_2`, ...
 
         Args:
             by_task: a `datasets.Dataset` a task. Values: a text, an image, a dict {"text", "image"}, or None for a
                 missing negative. Paths in columns of `datasets.Image` are opened wherever they lead.
             seed: see `PairMixture`.
+            distinct_positives: see `PairSource`.
 
         Raises:
             ValueError: for missing or unknown columns, and other things than data sets that can be counted.
@@ -110,7 +115,12 @@ class PairMixture:
                 )
             query, positive, *negatives = order_columns(rows.column_names, task)
             source = PairSource(
-                task, task=task, query=query, positive=positive, negatives=negatives, num_negatives=len(negatives)
+                task,
+                query=query,
+                positive=positive,
+                negatives=negatives,
+                num_negatives=len(negatives),
+                distinct_positives=distinct_positives,
             )
             source.trusts_paths = True
             sources.append(source)
@@ -204,7 +214,7 @@ def as_columns(sources: list[PairSource], seed: int = 0) -> dict[str, datasets.D
         features = datasets.Features({name: {"text": datasets.Value("string"), "image": image} for name in names})
         by_task[source.task] = rows.map(
             convert, batched=True, with_indices=True, batch_size=64, remove_columns=rows.column_names, features=features
-        )
+        ).with_format(None)
     return by_task
 
 
@@ -212,6 +222,7 @@ def _check(rows: datasets.Dataset, source: PairSource, num_proc: int | None) -> 
     """Check and hash all rows of a data set."""
 
     def check(batch, indices):
+        assert _CHECK_VERSION
         found = {name: [] for name in _CHECKED}
         for index, row in zip(indices, rows_of(batch)):
             try:

@@ -35,7 +35,7 @@ class PairSource(RowSource):
     """One data set of contrastive pairs: what [`trainers.row_sources.RowSource`] says, its columns and its batches.
 
     Args:
-        task (`str`, *optional*): what it is called in logs, prompts and reports; made from path and name when omitted.
+        task (`str`, *optional*): what it is called in logs, prompts and reports; its `name`, or its path, when omitted.
         layout (`str`, defaults to `"columns"`): names the columns. `"moca_pairs"`: the authors' published pairs;
             `"mmeb_train"`; `"pages"`: `query` and `image`; `"text_pairs"`: `query`, `positive` and `negatives`;
             `"columns"`: the entry names them itself. The first two write `<|image_1|>` where an image stands: it is
@@ -84,7 +84,7 @@ class PairSource(RowSource):
 
     def __post_init__(self):
         super().__post_init__()
-        self.task = self.task or self.label
+        self.task = self.task or self.name or self.label
         start = f"Data set {self.task!r}"
         for name, allowed in (("layout", LAYOUTS), ("kind", KINDS)):
             value = getattr(self, name)

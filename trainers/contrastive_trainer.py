@@ -192,6 +192,10 @@ class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
         """The loss of this rank's rows, remembered by task for the logs."""
         task = inputs.get("dataset_name", MIXED)
         num_rows = inputs["query_input_ids"].shape[0]
+        if not self.args.mask_equal_positives:
+            # The loss masks what it is told to be equal.
+            labels = {name: value for name, value in inputs["label"].items() if not name.endswith("_hash")}
+            inputs = {**inputs, "label": labels}
         outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and task in self._tasks:
             loss = outputs[0] if return_outputs else outputs

@@ -153,7 +153,7 @@ def test_masked_negatives(checkpoint):
 @pytest.mark.parametrize("empty", [None, "", {"text": " ", "image": None}])
 def test_rows_without_query_are_refused(checkpoint, empty):
     rows = [{"query": empty, "positive": "the sea", "dataset_name": "texts"}]
-    with pytest.raises(ValueError, match="Data set 'texts', row 0 of the batch: its query holds neither text nor image"):
+    with pytest.raises(ValueError, match="'texts', row 0 of the batch: its query holds neither text nor image"):
         ContrastiveDataCollator(build(checkpoint).preprocess)(rows)
 
 

@@ -69,6 +69,13 @@ class ResumableMixin:
             self._write_rejected()
             raise
 
+    def _run_epoch(self, *args, **kwargs):
+        # A run that was resumed when it was over: the stock loop would take one more step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.args.should_save and os.path.exists(os.path.join(folder, MARKER)):

@@ -297,8 +297,8 @@ def test_rows_are_checked_once_and_the_cache_is_used(tmp_path, monkeypatch):
     # Rows 0 and 8 have none of two negatives, 1 and 9 one; row 7 has one that is equal, and one image without text.
     assert report["num_missing_negatives"] == 6 and report["num_negatives_equal_to_positive"] == 1
     assert report["num_cut_negatives"] == 3 and report["different_positives"] == 9
-    # What would run the check.
-    monkeypatch.setattr(datasets.Dataset, "_map_single", None)
+    # What would write the result of another check.
+    monkeypatch.setattr("datasets.arrow_dataset.ArrowWriter", None)
     again = PairMixture([PairSource("parquet", data_files=str(tmp_path / "rows.parquet"), **entry)])
     assert again.rejected == mixture.rejected
 

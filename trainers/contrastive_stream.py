@@ -23,8 +23,8 @@ class StreamedPairs:
       batches of its data set than the window has rows.
     - No two rows of this rank's part of a batch have the same positive; the later one waits for another batch. Between
       ranks the loss is told which positives are equal.
-    - A reader whose shards come to an end begins them again at once, in another order: ranks with fewer rows repeat
-      theirs sooner, and none waits or stops.
+    - A reader whose shards come to an end begins the next pass at once, with shards dealt anew: ranks with fewer rows
+      come to it sooner, and none waits or stops.
 
     Args:
         mixture: streamed data sets.
@@ -96,8 +96,8 @@ class StreamedPairs:
             if not chosen:
                 raise ValueError(
                     f"Data set {source.task!r}: {len(window.waiting)} rows wait, but too few of them have different "
-                    f"positives to fill a batch of {size}. Lower its batch_size, raise shuffle_window="
-                    f"{window.size}, or set distinct_positives: false."
+                    f"positives to fill a batch of {size}. Lower its batch_size, raise shuffle_window={window.size}, "
+                    "set distinct_positives: false, or start fewer workers, so that each has more rows."
                 )
             for pair in window.take(chosen):
                 try:

@@ -55,6 +55,8 @@ def write_pages(folder, number, num_files=1):
 
 def write_texts(folder, number, num_files=1, **settings):
     """Write text pairs with lists of 0, 1, 2 and 3 negatives in turn, and return their source."""
+    string = datasets.Value("string")
+    features = datasets.Features({"query": string, "positive": string, "negatives": datasets.List(string)})
     for part in range(num_files):
         rows = [
             {
@@ -64,6 +66,6 @@ def write_texts(folder, number, num_files=1, **settings):
             }
             for index in range(part, number, num_files)
         ]
-        datasets.Dataset.from_list(rows).to_parquet(folder / f"{part}.parquet")
+        datasets.Dataset.from_list(rows, features=features).to_parquet(folder / f"{part}.parquet")
     settings = {"task": "texts", "layout": "text_pairs", "kind": "text", **settings}
     return PairSource("parquet", data_files=str(folder / "*.parquet"), **settings)

@@ -1,9 +1,13 @@
 """What may stand in a row of every layout, what is refused, and what becomes of missing and useless negatives."""
 
+import re
+
 import datasets
 import pytest
+import yaml
 from PIL import Image
 
+from tests.conftest import REPOSITORY
 from tests.trainers.pair_sources import encoded, published_rows, write_images, write_pages, write_texts
 from trainers.contrastive_columns import read_pair
 from trainers.contrastive_data import order_columns
@@ -266,6 +270,18 @@ def test_entries_of_a_file_become_sources():
         PairMixtureConfig(datasets=[{"path": "org/pairs", "layout": "pages", "instruction": "find"}])
     with pytest.raises(ValueError, match=r"same name: \['nq'\]"):
         PairMixture([*config.datasets, *config.datasets])
+
+
+def test_the_readme_shows_entries_that_are_valid():
+    (block,) = re.findall(r"```yaml\n(streaming.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    config = PairMixtureConfig(**yaml.safe_load(block))
+    assert [source.task for source in config.datasets] == [
+        "visrag_ind",
+        "WebQA",
+        "vidore/colpali_train_set",
+        "my_pairs",
+    ]
+    assert config.datasets[3].column_names["positive"] == ["answer.text", "figure"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import yaml
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from trl import ModelConfig, TrlParser
 
 from modeling_moca import MoCaModel, MoCaProcessor
 from tests.conftest import REPOSITORY
@@ -21,10 +23,12 @@ from tests.trainers.contrastive_cases import (
     save_checkpoint,
     texts_task,
 )
+from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_data import ContrastiveDataCollator
 from trainers.contrastive_info_nce import info_nce
 from trainers.contrastive_loss import InfoNCELoss
 from trainers.contrastive_sampler import OrderedBatches
+from trainers.contrastive_sources import KINDS, PairMixtureConfig
 from trainers.contrastive_trainer import ContrastiveTrainer
 
 
@@ -279,15 +283,21 @@ def test_unconverted_backbone_is_refused(tmp_path):
 def test_example_script(checkpoint, tmp_path):
     for task, rows in (("texts", texts_task()), ("mixed", mixed_task())):
         rows.to_parquet(tmp_path / f"{task}.parquet")
-    config = (REPOSITORY / "examples/configs/contrastive_tiny.yaml").read_text()
-    (tmp_path / "good.yaml").write_text(config)
-    (tmp_path / "bad.yaml").write_text(config + "\ntemprature: 0.05\n")
-    data = {task: str(tmp_path / f"{task}.parquet") for task in ("texts", "mixed")}
+    config = yaml.safe_load((REPOSITORY / "examples/configs/contrastive_tiny.yaml").read_text())
+    entry = {"path": "parquet", "query": "query", "positive": "positive"}
+    config["datasets"] = [
+        {**entry, "task": "texts", "data_files": "texts.parquet", "negatives": ["negative_1", "negative_2"]},
+        {**entry, "task": "mixed", "data_files": "mixed.parquet", "query_instruction": "find: "},
+    ]
+    config["eval_datasets"] = [{**config["datasets"][0], "document_instruction": "read: ", "task": "held_out"}]
+    config |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**config, "temprature": 0.05}))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
     def launch(name):
         flags = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "output", "--max_steps", "2"]
-        flags += ["--datasets", json.dumps(data), "--per_device_train_batch_size", "4"]
+        flags += ["--per_device_train_batch_size", "4"]
         script = [sys.executable, REPOSITORY / "examples/train_contrastive.py", "--config", tmp_path / f"{name}.yaml"]
         return subprocess.Popen(
             [*script, *flags],
@@ -302,6 +312,31 @@ def test_example_script(checkpoint, tmp_path):
     _, errors = good.communicate(timeout=120)
     assert good.returncode == 0, errors[-4000:]
     assert SentenceTransformer(str(tmp_path / "output"), device="cpu").encode("the sea").shape == (32,)
+    report = json.loads((tmp_path / "output" / "data_report.json").read_text())["datasets"]
+    assert report["texts"]["num_negatives_equal_to_positive"] == 1 and report["mixed"]["used"]["num_rows"] >= 4
+    settings = json.loads((tmp_path / "output" / "training_args.json").read_text())
+    assert settings["prompts"]["held_out"]["negative_2"] == "read: " and settings["prompts"]["mixed"] == {
+        "query": "find: "
+    }
+    history = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_held_out_loss" in entry for entry in history)
     _, errors = bad.communicate(timeout=120)
     assert bad.returncode != 0
     assert "Unknown arguments from config file" in errors and "temprature" in errors
+
+
+@pytest.mark.parametrize("name", ["moca_3b", "reference_3b", "tiny"])
+def test_shipped_configurations_parse(name):
+    parser = TrlParser((PairMixtureConfig, ModelConfig, ContrastiveConfig))
+    path = str(REPOSITORY / "examples" / "configs" / f"contrastive_{name}.yaml")
+    flags = ["--config", path, "--use_cpu", "true", "--bf16", "false"]
+    mixture, model, config = parser.parse_args_and_config(flags)
+    assert model.dtype == "float32" and config.warmup_steps == 0.1
+    tasks = [source.task for source in mixture.datasets]
+    assert len(set(tasks)) == len(tasks)
+    if name != "tiny":
+        assert len(tasks) == 47 and {source.kind for source in mixture.datasets} == set(KINDS)
+        assert all(source.max_rows == 50_000 and source.num_negatives == 2 for source in mixture.datasets)
+        assert config.temperature == 0.03 and config.per_device_train_batch_size * 32 == 2048
+        follows_paper = (config.learning_rate, config.all_negatives, config.task_batches) == (1e-5, True, True)
+        assert follows_paper == (name == "moca_3b")

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,10 +14,11 @@ from tests.trainers.contrastive_run import BAD_ROWS, make_trainer, sources, writ
 from tests.trainers.pair_sources import write_texts
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_info_nce import info_nce
-from trainers.contrastive_loader import COUNTS, PairBatches
+from trainers.contrastive_loader import COUNTS, PairBatches, PlannedPairs
 from trainers.contrastive_loss import InfoNCELoss
 from trainers.contrastive_mixture import PairMixture
 from trainers.contrastive_rows import open_pair
+from trainers.contrastive_sampler import TaskPlan, TaskRows
 from trainers.contrastive_trainer import ContrastiveTrainer
 from trainers.row_images import BadRowError
 
@@ -110,6 +112,43 @@ def test_rows_come_a_second_time_only_when_no_others_are_left(folder, tmp_path):
     assert counts["num_repeated_rows"] == counts["num_rejected_rows"] > 0
 
 
+@pytest.mark.parametrize("num_spares", [1, 6])
+def test_rows_in_the_place_of_bad_ones_have_other_positives_and_come_once(tmp_path, num_spares):
+    """Two bad rows a batch of four; of the rows left over every second one has a positive of the batch."""
+    good = [{"query": f"q {index}", "positive": f"p {index}"} for index in range(4 + num_spares)]
+    for index in range(4, 4 + num_spares, 2):
+        good[index]["positive"] = "p 0"
+    mixture = PairMixture.from_datasets({"answers": datasets.Dataset.from_list(good)})
+    bad = (2, 3)
+    plan = TaskPlan([TaskRows("answers", len(good), 4, keys=mixture.checked[0].keys)])
+    plan.num_batches = 100
+    plan.batch = lambda number: (0, np.arange(4))
+    plan.unused = lambda task, epoch: np.arange(4, len(good))
+    read = mixture.read
+
+    def fail(source, index, epoch=0):
+        if index in bad:
+            raise BadRowError("undecodable_image", f"row {index}")
+        return read(source, index, epoch)
+
+    mixture.read = fail
+    reader = PlannedPairs(mixture, plan, 0, 0, 1)
+    if num_spares == 1:
+        # The only one has the positive of row 0.
+        with pytest.raises(ValueError, match="'answers' has too few good rows"):
+            reader.batch(0)
+        return
+    assert [pair.row for pair in reader.batch(0)[1]] == ["row 0", "row 1", "row 5", "row 7"]
+    # The next batch of this epoch takes what is left, and then has to repeat a row.
+    resumed = PlannedPairs(mixture, plan, 0, 0, 1)
+    resumed.load_state_dict(json.loads(json.dumps(reader.state_dict())))
+    for again in (reader, resumed):
+        again.counts[:] = 0
+        rows = [pair.row for pair in again.batch(1)[1]]
+        assert rows[:3] == ["row 0", "row 1", "row 9"] and rows[3] in ("row 5", "row 7")
+        assert again.counts[0, COUNTS.index("num_repeated_rows")] == 1
+
+
 def test_the_loss_sees_each_row_with_its_own_negatives(folder):
     """Rows with 0, 1, 2 and more negatives, against a loss computed row by row from their texts alone."""
     mixture = PairMixture(sources(folder))
@@ -130,13 +169,14 @@ def test_the_loss_sees_each_row_with_its_own_negatives(folder):
         query, positive = (torch.stack([embed(pair.sides[column]) for pair in pairs]) for column in (0, 1))
         own = [[embed(side) for side in pair.sides[2:] if side is not None] for pair in pairs]
         for all_negatives in (True, False):
-            loss = InfoNCELoss(model, all_negatives=all_negatives)(features, labels)
+            # At this temperature every candidate tells in the loss.
+            loss = InfoNCELoss(model, temperature=1.0, all_negatives=all_negatives)(features, labels)
             losses = []
             for row, negatives in enumerate(own):
                 candidates = [*positive, *(sum(own, []) if all_negatives else negatives)]
                 cosines = torch.stack([torch.cosine_similarity(query[row], other, dim=0) for other in candidates])
-                losses.append(torch.nn.functional.cross_entropy(cosines[None] / 0.03, torch.tensor([row])))
-            torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-4, rtol=1e-4)
+                losses.append(torch.nn.functional.cross_entropy(cosines[None], torch.tensor([row])))
+            torch.testing.assert_close(loss, torch.stack(losses).mean(), atol=1e-5, rtol=1e-5)
 
 
 def test_equal_positives_are_no_negatives_unless_asked_for(folder, tmp_path):

@@ -28,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from modeling_moca import MoCaProcessor
 from modeling_moca.chat_moca import PLACEHOLDER
+from trainers.batch_loader import make_loader
 from trainers.cpt_collator import CPTCollator
 from trainers.cpt_config import CPTConfig
-from trainers.cpt_loader import MixtureBatches, make_loader
+from trainers.cpt_loader import MixtureBatches
 from trainers.cpt_mixture import CPTMixture, DataSource
 
 TOKEN_AREA = 28 * 28

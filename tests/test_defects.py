@@ -55,7 +55,7 @@ CAUGHT_BY = {
     "test_bfloat16_under_autocast_is_computed_in_float32",
     "D17 half precision miscounts long rows": "modeling_moca/test_losses.py::test_mean_pooling_counts_in_float32",
     "logits in half precision": "modeling_moca/test_losses.py::test_losses_are_float32_in_a_bfloat16_model",
-    "eval() on data": "trainers/test_contrastive_data.py::test_published_lists_are_not_evaluated",
+    "eval() on data": "trainers/test_contrastive_data.py::test_lists_are_parsed_and_nothing_else",
     "eval() and pickle in code": "test_layout.py::test_packages_neither_print_nor_evaluate_nor_unpickle",
     "pickles are written (stage 1)": "test_defects.py::test_a_saved_model_holds_no_pickle",
     "pickles are written (stage 2)": "trainers/test_contrastive_trainer.py::"

@@ -7,6 +7,8 @@ from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchS
 
 from .contrastive_loss import check_matryoshka
 
+ON_BAD_ROW = ("raise", "skip")
+
 
 @dataclass
 class ContrastiveConfig(SentenceTransformerTrainingArguments):
@@ -45,6 +47,10 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         mini_batch_size (`int`, *optional*):
             The same, with at most so many rows in a mini-batch; with both, whichever limit is reached first.
 
+        mask_equal_positives (`bool`, *optional*, defaults to `True`):
+            Another row's positive, or negative, with the same content as the row's own positive is not its negative.
+            `False`: it is (the authors' released code).
+
         > Data
 
         task_alpha (`float`, *optional*, defaults to `1.0`):
@@ -53,6 +59,15 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         task_batches (`bool`, *optional*, defaults to `True`):
             Every global batch comes from one task, whose rows make harder negatives (paper). `False`: rows of all tasks
             are shuffled together (what the authors' released code comes to: it groups rows by task, and then shuffles).
+        shuffle_window (`int`, *optional*, defaults to `256`):
+            Streamed data sets: rows that a reader holds of each data set, and takes by chance. Memory of a worker is
+            data sets times rows held times encoded row. Other data sets are shuffled as a whole.
+        on_bad_row (`str`, *optional*, defaults to `"skip"`):
+            What a row that cannot be used does (query or positive empty; image that does not open, is truncated, too
+            large or does not fit; path that leads out of the image folder; negatives that are no list): `"skip"` it,
+            count it, and list it in `rejected.jsonl`; or `"raise"` a `ValueError` naming it.
+        max_bad_row_share (`float`, *optional*, defaults to `0.05`):
+            Stop with a `ValueError` once more than this share of all rows (of 100, while fewer are read) is bad.
         max_length (`int`, *optional*):
             Most tokens of an input, image tokens included; the processor's own limit when not set.
 
@@ -99,12 +114,30 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         metadata={"help": "Padded tokens plus image patches of a mini-batch, with cached gradients."},
     )
     mini_batch_size: int | None = field(default=None, metadata={"help": "Rows of a mini-batch, with cached gradients."})
+    mask_equal_positives: bool = field(
+        default=True,
+        metadata={"help": "A candidate equal to the row's positive is no negative; False: it is (released code)."},
+    )
     task_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}
     )
     task_batches: bool = field(
         default=True,
         metadata={"help": "A global batch is of one task (paper), or of rows of all tasks (released code)."},
+    )
+    shuffle_window: int = field(
+        default=256, metadata={"help": "Streamed data sets: rows that a reader holds of each, and takes by chance."}
+    )
+    on_bad_row: str = field(
+        default="skip",
+        metadata={
+            "help": "What a row that cannot be used does: 'raise' an error naming it, or 'skip' it and list it in "
+            "rejected.jsonl.",
+            "choices": list(ON_BAD_ROW),
+        },
+    )
+    max_bad_row_share: float = field(
+        default=0.05, metadata={"help": "Stop once a larger share of all rows is bad, even if bad rows are skipped."}
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of an input; the processor's own limit when not set."}
@@ -116,6 +149,14 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
             raise ValueError(f"temperature must be positive, got {self.temperature} (ContrastiveConfig).")
         if not 0 <= self.task_alpha <= 1:
             raise ValueError(f"task_alpha must lie in [0, 1], got {self.task_alpha} (ContrastiveConfig).")
+        if self.shuffle_window < 1:
+            raise ValueError(f"shuffle_window must be at least 1, got {self.shuffle_window} (ContrastiveConfig).")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise ValueError(
+                f"on_bad_row must be one of {list(ON_BAD_ROW)}, got {self.on_bad_row!r} (ContrastiveConfig)."
+            )
+        if not 0 <= self.max_bad_row_share <= 1:
+            raise ValueError(f"max_bad_row_share must lie in [0, 1], got {self.max_bad_row_share} (ContrastiveConfig).")
         if not self.task_batches and self.task_alpha != 1:
             raise ValueError(
                 f"task_alpha={self.task_alpha} shapes a mixture of batches of single tasks: it needs task_batches=True "

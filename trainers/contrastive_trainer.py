@@ -8,98 +8,55 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader
-from transformers import AutoConfig
+from torch.utils.data import DataLoader
 
-from modeling_moca import MoCaConfig
-
+from .batch_loader import make_loader
+from .checkpoints import EpochCallback
 from .contrastive_config import ContrastiveConfig
 from .contrastive_data import ContrastiveDataCollator, order_columns
+from .contrastive_loader import COUNTS, PairBatches
 from .contrastive_loss import InfoNCELoss
-from .contrastive_sampler import TaskBatchSampler
+from .contrastive_mixture import PairMixture, prompts_of
+from .contrastive_model import build_sentence_transformer
+from .contrastive_sampler import OrderedBatches
+from .contrastive_schedule import MIXED, BatchSchedule
+from .resumable import ResumableMixin
 
 logger = logging.getLogger(__name__)
 
-# What a batch of several tasks is called.
-_MIXED = "all_tasks"
-_POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
 
-
-def build_sentence_transformer(
-    model_name_or_path: str | os.PathLike,
-    max_length: int | None = None,
-    model_kwargs: dict[str, Any] | None = None,
-    device: str | None = None,
-    **kwargs,
-) -> SentenceTransformer:
-    """Wrap a MoCa checkpoint in a `SentenceTransformer` of stock modules: Transformer, Pooling, Normalize.
-
-    Args:
-        model_name_or_path: folder or Hub id of a checkpoint with its processor: what stage 1 wrote, what
-            `MoCaModel.from_backbone(...).save_pretrained` wrote, or a finished model.
-        max_length: most tokens of an input; the processor's own limit when None.
-        model_kwargs: passed to `AutoModel.from_pretrained`, for example `{"dtype": "bfloat16"}`.
-        device: where to put the model; chosen by sentence-transformers when None.
-        kwargs: `revision`, `token` and `cache_dir`, for a model on the Hub.
-
-    Returns:
-        A `SentenceTransformer` whose pooling is the checkpoint's `config.pooling`.
-
-    Raises:
-        ValueError: when the checkpoint is not a MoCa model: a causal backbone must be converted first.
-
-    Example:
-        >>> model = build_sentence_transformer("output/stage1")
-        >>> model.encode(["a harbour at night"]).shape
-    """
-    path = str(model_name_or_path)
-    config = AutoConfig.from_pretrained(path, **kwargs)
-    if config.model_type != MoCaConfig.model_type:
-        raise ValueError(
-            f"{path!r} holds a model of type {config.model_type!r}, allowed is {MoCaConfig.model_type!r}: convert it "
-            "with MoCaModel.from_backbone(...).save_pretrained first, or it would be trained with causal attention."
-        )
-    transformer = Transformer(
-        path,
-        model_kwargs={**kwargs, **(model_kwargs or {})},
-        processor_kwargs=dict(kwargs),
-        config_kwargs=dict(kwargs),
-        # The backbone's image positions need padded rows.
-        unpad_inputs=False,
-        max_seq_length=max_length,
-    )
-    if max_length is not None:
-        # Saved with the model; the tokenizer's own limit can only lower it.
-        transformer.processor.max_length = max_length
-    pooling = Pooling(config.hidden_size, pooling_mode=_POOLING_MODES[config.pooling])
-    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
-
-
-class ContrastiveTrainer(SentenceTransformerTrainer):
+class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` with task-aware global batches, exact gradients over ranks, and losses by task.
 
     Checkpoints and the final folder are `SentenceTransformer` folders that hold the MoCa model and its processor.
     They carry no rows of the training data: the stock trainer would copy training images and texts into `assets/`
     and the model card. Source: MoCa, arXiv 2506.23115, section 3.2.
 
+    Rows that cannot be used are counted, and listed in `rejected.jsonl`; `data_report.json` says by data set what was
+    found and used. Both lie in the output folder. A run that is resumed goes on bit for bit, with the same number of
+    ranks and workers: checkpoints count once they are whole, `resume_from_checkpoint=True` passes over one that was cut
+    off while it was written, and `"auto"` starts anew if there is none. SIGTERM saves a checkpoint and ends training
+    (`trainer.stopped`).
+
     Args:
         model: see `build_sentence_transformer`.
         args: settings; `ContrastiveConfig` holds the paper's.
-        train_dataset: a `datasets.Dataset` a task, by name. Columns: `query`, `positive`, and any number of
-            `negative_1`, `negative_2`, ... Values: a text, an image, a dict {"text", "image"}, or None for a missing
-            negative.
-        eval_dataset: the same; the loss is reported for each task.
+        train_dataset: a `PairMixture`, or a `datasets.Dataset` a task, by name. Columns: `query`, `positive`, and any
+            number of `negative_1`, `negative_2`, ... Values: a text, an image, a dict {"text", "image"}, or None for a
+            missing negative.
+        eval_dataset: data sets by task, with these columns; the loss is reported for each.
         loss: an `InfoNCELoss` with the settings of `args` when None.
         kwargs: passed to `SentenceTransformerTrainer`.
 
     Raises:
-        ValueError: for missing or unknown columns, a task smaller than a global batch, streamed data sets, several
-            devices in one process, or an accelerate configuration that splits or dispatches batches.
+        ValueError: for missing or unknown columns, a task smaller than a global batch, too many bad rows, streamed data
+            sets without max_steps, several devices in one process, or an accelerate configuration that splits or
+            dispatches batches. In training: for a checkpoint of other data, ranks or workers.
 
     Example:
         >>> trainer = ContrastiveTrainer(model, ContrastiveConfig("output"), {"captions": captions, "pages": pages})
@@ -113,27 +70,35 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self,
         model: SentenceTransformer,
         args: ContrastiveConfig,
-        train_dataset: Mapping[str, Dataset] | Dataset | None = None,
+        train_dataset: PairMixture | Mapping[str, Dataset] | Dataset | None = None,
         eval_dataset: Mapping[str, Dataset] | Dataset | None = None,
         loss: nn.Module | None = None,
         **kwargs,
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(f"One process drives one device, got {args.n_gpu}: start with `accelerate launch`.")
-        train_dataset = _by_task(train_dataset, "train")
-        eval_dataset = _by_task(eval_dataset, "eval")
-        if train_dataset is not None and not args.task_batches:
-            train_dataset = _with_equal_columns(train_dataset)
-        self.train_sampler: TaskBatchSampler | None = None
-        super().__init__(model, args, train_dataset, eval_dataset, loss, **kwargs)
+        mixture = _as_mixture(train_dataset, args)
+        self._schedule, self._tasks, self._kinds = None, [], []
+        if mixture is not None:
+            _set_prompts(args, mixture)
+            self._schedule = BatchSchedule(mixture, args, model[0].processor)
+            self._tasks = self._schedule.tasks
+            self._kinds = [source.kind for source in mixture.sources] if args.task_batches else [None]
+            self._schedule.report()
+            args.max_steps = self._schedule.max_steps
+            # The readers go on where they stopped; there is nothing to skip.
+            args.ignore_data_skip = True
+        super().__init__(model, args, mixture, _by_task(eval_dataset, "eval"), loss, **kwargs)
         if self.accelerator.split_batches or self.accelerator.dispatch_batches:
             raise ValueError(
                 "ContrastiveTrainer needs accelerator_config with split_batches and dispatch_batches unset, or ranks "
                 f"would mix tasks; got split_batches={self.accelerator.split_batches}, "
                 f"dispatch_batches={self.accelerator.dispatch_batches}."
             )
-        self._tasks = list(train_dataset or {}) if args.task_batches else [_MIXED]
-        self._reset_task_totals()
+        self._begin_resumable()
+        if mixture is not None:
+            self.add_callback(EpochCallback(self._schedule.steps_per_epoch))
+        self._start_run()
         if self.is_deepspeed_enabled and (args.mini_batch_size is not None or args.mini_batch_tokens is not None):
             raise ValueError(
                 f"mini_batch_size={args.mini_batch_size}, mini_batch_tokens={args.mini_batch_tokens}: mini-batches run "
@@ -162,6 +127,8 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
 
     def validate_column_names(self, dataset: Any, dataset_name: str | None = None) -> None:
         """Refuse unknown columns (see `order_columns`)."""
+        if isinstance(dataset, PairMixture):
+            return
         if isinstance(dataset, dict):
             for name, task_dataset in dataset.items():
                 self.validate_column_names(task_dataset, name)
@@ -172,41 +139,41 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         """Always for several tasks, since losses are logged by task; a mixed batch is of none."""
         return isinstance(dataset, DatasetDict) and self.args.task_batches
 
-    def get_multi_dataset_batch_sampler(
-        self, dataset: ConcatDataset, batch_samplers: list[Any], generator: Any = None, seed: int | None = 0
-    ) -> TaskBatchSampler:
-        """Training batches: every global batch of one task, or of all tasks together."""
-        sizes = {task: len(rows) for task, rows in zip(self.train_dataset, dataset.datasets)}
-        self.train_sampler = TaskBatchSampler(
-            sizes if self.args.task_batches else {_MIXED: sum(sizes.values())},
-            batch_size=self.args.train_batch_size,
-            world_size=self.args.world_size,
-            seed=seed or 0,
-            alpha=self.args.task_alpha,
-        )
-        return self.train_sampler
-
-    def get_batch_sampler(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs) -> Any:
-        """Evaluation batches: in order, the last one smaller. Training batches come from all tasks together."""
-        if self.train_dataset is not None and any(dataset is task for task in self.train_dataset.values()):
-            return None
-        return TaskBatchSampler(
-            {"eval": len(dataset)}, batch_size, self.args.world_size, shuffle=False, keep_partial=True
-        )
+    def get_batch_sampler(self, dataset: Dataset, batch_size: int, drop_last: bool, **kwargs) -> OrderedBatches:
+        """Evaluation batches: in order, the last one smaller."""
+        return OrderedBatches(len(dataset), batch_size, self.args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Training batches on the host; `_prepare_inputs` moves what the step needs at once."""
-        if self.train_dataset is None:
+        """Training batches of this rank on the host; `_prepare_inputs` moves what the step needs at once."""
+        if self._schedule is None:
             raise ValueError("Training needs a train_dataset, got None (ContrastiveTrainer).")
-        self.accelerator.even_batches = False
-        dataloader = self._build_dataloader(self.train_dataset, self.args.train_batch_size, dataset_kind="train")
-        self._train_dataloader = self.accelerator.prepare_data_loader(dataloader, device_placement=False)
-        return self._train_dataloader
+        batches = PairBatches(
+            self._schedule.reader, self.data_collator, self.args, self._num_batches, self._reader_states
+        )
+        return make_loader(batches, self.args)
 
-    def _run_epoch(self, *args, **kwargs) -> Any:
-        # The loader of an epoch that resumes midway wraps the sampler once more, out of reach of set_epoch.
-        self.train_sampler.set_epoch(kwargs["epoch"])
-        return super()._run_epoch(*args, **kwargs)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of a step; what they tell about the data is kept here."""
+        return super().get_batch_samples(map(self._take_batch, epoch_iterator), num_batches, device)
+
+    def _take_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self._num_batches += 1
+        self._take_data(batch["data"])
+        counts = np.array(batch["data"]["counts"])
+        self._data_counts += counts
+        self._step_counts += counts.sum(0)
+        return batch["inputs"]
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> None:
+        """None: the loss is a mean over rows. Ranks tell each other of bad rows and signals here, once a step."""
+        self._settle_counts()
+        numbers = [self._step_counts[COUNTS.index(name)] for name in ("num_rows", "num_rejected_rows")]
+        counts = torch.tensor([sum(numbers), numbers[1], int(self._signal.received)], device=self.args.device)
+        self._keep_counts(self.accelerator.reduce(counts, "sum"))
+        self._step_counts[:] = 0
+
+    def _read_counts(self, counts: list[int]) -> list[int]:
+        return counts
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Cached gradients move a mini-batch at a time, and plan on the host.
@@ -223,8 +190,12 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of this rank's rows, remembered by task for the logs."""
-        task = inputs.get("dataset_name", _MIXED)
+        task = inputs.get("dataset_name", MIXED)
         num_rows = inputs["query_input_ids"].shape[0]
+        if not self.args.mask_equal_positives:
+            # The loss masks what it is told to be equal.
+            labels = {name: value for name, value in inputs["label"].items() if not name.endswith("_hash")}
+            inputs = {**inputs, "label": labels}
         outputs = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if model.training and task in self._tasks:
             loss = outputs[0] if return_outputs else outputs
@@ -236,27 +207,68 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
         return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean loss of each task since the last log, and rows per second over all ranks."""
-        if "loss" in logs and self._tasks:
+        """Add the mean loss of each task and kind since the last log, rows per second, and counts of the run so far."""
+        if "loss" in logs and self.is_in_train:
             totals = self.accelerator.reduce(self._task_totals, "sum").cpu()  # [T, 3]
-            logs = dict(logs)
-            for task, (loss, steps, _) in zip(self._tasks, totals.tolist()):
-                if steps:
-                    logs[f"loss_{task}"] = round(loss / steps, 4)
+            # From the same sums: the stock one starts anew when a run is resumed between two logs.
+            logs = {**logs, "loss": _mean(totals)}
+            for task, row in zip(self._tasks, totals):
+                if row[1]:
+                    logs[f"loss_{task}"] = _mean(row[None])
+            for kind in sorted({kind for kind in self._kinds if kind is not None}):
+                rows = totals[[other == kind for other in self._kinds]]
+                if rows[:, 1].sum():
+                    logs[f"loss_of_kind/{kind}"] = _mean(rows)
             elapsed = time.perf_counter() - self._totals_since
             logs["rows_per_second"] = round(totals[:, 2].sum().item() / elapsed, 2)
+            counts = dict(zip(COUNTS, self._write_data_report().sum(0).tolist()))
+            logs["skipped_rows"] = counts["num_rejected_rows"]
+            logs["masked_negatives"] = counts["num_missing_negatives"] + counts["num_negatives_equal_to_positive"]
             self._reset_task_totals()
+            self._write_rejected()
         super().log(logs, start_time)
+
+    def _write_data_report(self) -> np.ndarray:
+        """Write what was found and used so far, and return the counts over all ranks."""
+        counts = torch.from_numpy(self._data_counts).to(self.args.device)
+        counts = self.accelerator.reduce(counts, "sum").cpu().numpy()  # [T, len(COUNTS)]
+        if self.is_world_process_zero():
+            self._schedule.write_report(counts)
+        return counts
+
+    # The run.
+
+    def _start_run(self) -> None:
+        super()._start_run()
+        self._reset_task_totals()
+        num_sources = 0 if self._schedule is None else len(self._schedule.mixture.sources)
+        self._data_counts = np.zeros((num_sources, len(COUNTS)), dtype=int)
+        self._step_counts = np.zeros(len(COUNTS), dtype=int)
+        if self._schedule is not None and self.is_world_process_zero():
+            self._rejected = [{**row, "step": 0} for row in self._schedule.mixture.rejected]
 
     def _reset_task_totals(self) -> None:
         # [T, (loss, steps, rows)]
         self._task_totals = torch.zeros(len(self._tasks), 3, device=self.accelerator.device)
         self._totals_since = time.perf_counter()
 
+    def _data_settings(self) -> dict[str, Any]:
+        return {} if self._schedule is None else self._schedule.settings()
+
+    def _run_totals(self) -> dict[str, Any]:
+        return {"task_totals": self._task_totals.tolist(), "data_counts": self._data_counts.tolist()}
+
+    def _load_run_totals(self, state: dict[str, Any]) -> None:
+        self._task_totals += torch.tensor(state["task_totals"], device=self._task_totals.device)
+        self._data_counts += np.array(state["data_counts"], dtype=int)
+        # Those that were found in the beginning are in the file.
+        self._rejected = []
+
     def train(self, *args, **kwargs) -> Any:
-        """See `transformers.Trainer.train`."""
-        self._reset_task_totals()
-        return super().train(*args, **kwargs)
+        """See `transformers.Trainer.train`; `resume_from_checkpoint` may be `"auto"` too."""
+        output = super().train(*args, **kwargs)
+        self._write_data_report()
+        return output
 
     def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
         """See `transformers.Trainer.evaluate`; data sets by task are checked and named as those of training are."""
@@ -282,6 +294,35 @@ class ContrastiveTrainer(SentenceTransformerTrainer):
             file.write(self.args.to_json_string())
 
 
+def _mean(totals: torch.Tensor) -> float:
+    """Mean loss of rows of totals [T, 3]."""
+    return round((totals[:, 0].sum() / totals[:, 1].sum()).item(), 6)
+
+
+def _as_mixture(dataset: Any, args: ContrastiveConfig) -> PairMixture | None:
+    if dataset is None or isinstance(dataset, PairMixture):
+        return dataset
+    by_task = dict(dataset) if isinstance(dataset, Mapping) else {"train": dataset}
+    # The first process fills the cache that the others read.
+    with args.main_process_first(desc="checking the pairs"):
+        return PairMixture.from_datasets(by_task, seed=args.seed)
+
+
+def _set_prompts(args: ContrastiveConfig, mixture: PairMixture) -> None:
+    """Add the instructions of the data sets to the prompts of the settings."""
+    prompts = prompts_of(mixture.sources)
+    if not prompts:
+        return
+    given = args.prompts or {}
+    is_by_task = isinstance(given, dict) and all(isinstance(value, dict) for value in given.values())
+    if not is_by_task or any(given.get(task, columns) != columns for task, columns in prompts.items()):
+        raise ValueError(
+            f"Data sets have instructions of their own, {prompts}, and prompts say something else, {args.prompts}: set "
+            "one of them (ContrastiveTrainer)."
+        )
+    args.prompts = {**given, **prompts}
+
+
 def _by_task(dataset: Any, name: str) -> dict[str, Dataset] | None:
     """Data sets by task, with the columns in their order."""
     if dataset is None:
@@ -297,12 +338,4 @@ def _by_task(dataset: Any, name: str) -> dict[str, Dataset] | None:
     return by_task
 
 
-def _with_equal_columns(tasks: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Give every task the hard negatives that any of them has, as missing ones: rows of a batch share their columns."""
-    columns = order_columns(sorted({name for rows in tasks.values() for name in rows.column_names}), "all tasks")
-    for task, rows in tasks.items():
-        for column in columns:
-            if column not in rows.column_names:
-                rows = rows.add_column(column, [None] * len(rows))
-        tasks[task] = rows.select_columns(columns)
-    return tasks
+__all__ = ["ContrastiveTrainer", "build_sentence_transformer"]

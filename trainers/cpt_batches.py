@@ -1,24 +1,10 @@
 """Batching by cost: rows of like length fill micro-batches of nearly equal cost, and none is dropped (paper 4.1)."""
 
-from collections import deque
-from dataclasses import dataclass
-
-from .cpt_mixture import unit_hash
-from .cpt_rows import BadRowError
+from .row_window import RowWindow
 
 # A micro-batch is full at this share of the largest cost, so that the batches of two ranks differ by less than 5 %.
 FULL = 0.975
 ENOUGH = 0.9525
-SNAPSHOT_EVERY = 64
-
-
-@dataclass
-class _Waiting:
-    number: int
-    turn: float
-    num_tokens: int
-    cost: int
-    row: object
 
 
 class CostBatches:
@@ -46,70 +32,54 @@ class CostBatches:
     """
 
     def __init__(self, rows, measure, max_cost, window=512, seed=0):
-        self._rows, self._measure = rows, measure
-        self._max_cost, self._window, self._seed = max_cost, window, seed
-        self._waiting = []
-        self._num_read, self._exhausted = 0, False
-        # States of the rows before a number: some are older than any row that waits.
-        self._snapshots = deque([(0, rows.state_dict())])
-        self.rejected = []
+        self._measure, self._max_cost = measure, max_cost
+        self._window = RowWindow(rows, self._measured, window, seed)
 
     @property
     def num_read(self):
         """Rows read so far (`int`), bad ones included."""
-        return self._num_read
+        return self._window.num_read
+
+    @property
+    def rejected(self):
+        """Bad rows since they were last taken, a `list` of (row, `BadRowError`)."""
+        return self._window.rejected
+
+    @rejected.setter
+    def rejected(self, rows):
+        self._window.rejected = rows
 
     def next_batch(self):
         """Return the next micro-batch, a `list` of measured rows, or None when the rows have come to an end.
 
-        Rows that are bad are added to `rejected`, a `list` of (row, `BadRowError`), for the caller to take.
+        Rows that are bad are added to `rejected`, for the caller to take.
         """
-        while len(self._waiting) < self._window and not self._exhausted:
-            self._read()
-        if not self._waiting:
+        self._window.fill()
+        if not self._window.waiting:
             return None
-        anchor = min(self._waiting, key=lambda waiting: waiting.turn)
-        chosen = self._fill(anchor)
-        taken = {waiting.number for waiting in chosen}
-        self._waiting = [waiting for waiting in self._waiting if waiting.number not in taken]
-        return [waiting.row for waiting in chosen]
+        return self._window.take(self._fill(min(self._window.waiting, key=lambda waiting: waiting.turn)))
 
-    def _read(self, wanted=None):
-        if wanted is None and self._num_read - self._snapshots[-1][0] >= SNAPSHOT_EVERY:
-            self._snapshots.append((self._num_read, self._rows.state_dict()))
-        row = next(self._rows, None)
-        if row is None:
-            self._exhausted = True
-            return
-        number = self._num_read
-        self._num_read += 1
-        if wanted is not None and number not in wanted:
-            return
-        try:
-            measured = self._measure(row)
-        except BadRowError as error:
-            self.rejected.append((row, error))
-            return
+    def _measured(self, row):
+        measured = self._measure(row)
         if measured.cost > self._max_cost:
             raise ValueError(
                 f"{row.row} of {row.dataset} costs {measured.cost}, more than a whole micro-batch (max_cost="
                 f"{self._max_cost})."
             )
-        turn = number + unit_hash(self._seed, "turn", number) * self._window
-        self._waiting.append(_Waiting(number, turn, measured.num_tokens, measured.cost, measured))
+        return measured
 
     def _fill(self, anchor):
         """Return waiting rows near the anchor's length whose cost comes close to `max_cost`, the anchor among them."""
-        near = sorted(self._waiting, key=lambda w: (abs(w.num_tokens - anchor.num_tokens), w.number))
+        near = sorted(self._window.waiting, key=lambda w: (abs(w.row.num_tokens - anchor.row.num_tokens), w.number))
         near.remove(anchor)
-        chosen, left_out, cost = [anchor], [], anchor.cost
+        chosen, left_out, cost = [anchor], [], anchor.row.cost
         for waiting in near:
-            if cost + waiting.cost <= self._max_cost:
+            if cost + waiting.row.cost <= self._max_cost:
                 chosen.append(waiting)
-                cost += waiting.cost
+                cost += waiting.row.cost
             else:
                 left_out.append(waiting)
-            if cost >= FULL * self._max_cost or len(left_out) > self._window // 8:
+            if cost >= FULL * self._max_cost or len(left_out) > self._window.size // 8:
                 break
         # Rows of like length are of like cost, too large for the gap that remains: exchange one for a costlier one.
         others = near[len(chosen) - 1 + len(left_out) :]
@@ -129,7 +99,7 @@ class CostBatches:
             for there, new in enumerate(others):
                 # The anchor stays.
                 for here, old in [*enumerate(chosen[1:], start=1), (len(chosen), None)]:
-                    gain = new.cost - (old.cost if old else 0)
+                    gain = new.row.cost - (old.row.cost if old else 0)
                     if largest[0] < gain <= gap:
                         largest = gain, here, there
                 if largest[0] >= missing:
@@ -145,26 +115,11 @@ class CostBatches:
 
     def state_dict(self):
         """Return what to go on from, as plain numbers, strings and lists."""
-        waiting = [row.number for row in self._waiting]
-        oldest = min(waiting, default=self._num_read)
-        while len(self._snapshots) > 1 and self._snapshots[1][0] <= oldest:
-            self._snapshots.popleft()
-        number, rows = self._snapshots[0]
-        return {"num_read": self._num_read, "waiting": waiting, "number": number, "rows": rows}
+        return self._window.state_dict()
 
     def load_state_dict(self, state):
-        """Go on from `state`: read the rows that wait again; bad ones among those in between are not reported again."""
-        self._rows.load_state_dict(state["rows"])
-        self._snapshots = deque([(state["number"], state["rows"])])
-        self._num_read, self._waiting, self._exhausted = state["number"], [], False
-        wanted = set(state["waiting"])
-        while self._num_read < state["num_read"] and not self._exhausted:
-            self._read(wanted)
-        if {row.number for row in self._waiting} != wanted:
-            raise ValueError("The rows that waited when the state was saved are not there any more: the data changed.")
-        order = {number: place for place, number in enumerate(state["waiting"])}
-        self._waiting.sort(key=lambda waiting: order[waiting.number])
-        self.rejected = []
+        """Go on from `state`; see [`trainers.row_window.RowWindow`]."""
+        self._window.load_state_dict(state)
 
 
 __all__ = ["CostBatches"]

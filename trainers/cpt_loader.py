@@ -1,23 +1,16 @@
 """The loader of a mixture: every worker of every rank makes whole micro-batches from rows of its own."""
 
-import atexit
 import json
-import logging
-import os
-import signal
 
-import torch
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .batch_loader import RankBatches
 from .cpt_batches import CostBatches
 from .cpt_rows import BadRowError, PreparedRow
 from .cpt_sources import interleaved
 
-logger = logging.getLogger(__name__)
 
-
-class MixtureBatches(IterableDataset):
+class MixtureBatches(RankBatches):
     """Encoded micro-batches of one rank, each with the state of its reader: the data set inside the loader.
 
     Every item is `{"inputs": dict, "data": dict}`: what [`trainers.CPTCollator.encode`] returns; and `worker`, `state`
@@ -35,17 +28,12 @@ class MixtureBatches(IterableDataset):
     """
 
     def __init__(self, mixture, collator, args, num_epochs=None, num_batches=0, states=None):
-        super().__init__()
+        super().__init__(num_batches)
         self._mixture, self._collator, self._args = mixture, collator, args
-        self._num_epochs, self._num_batches, self._states = num_epochs, num_batches, states
-        # In shared memory, where workers see it.
-        self._closing = torch.zeros((), dtype=torch.bool).share_memory_()
+        self._num_epochs, self._states = num_epochs, states
 
     def __iter__(self):
-        info = get_worker_info()
-        num_workers, number = (1, 0) if info is None else (info.num_workers, info.id)
-        # The loader always begins with its first worker, and the next batch is due from another one.
-        worker = (number + self._num_batches) % num_workers
+        worker, num_workers, _ = self.place()
         args = self._args
         reader, num_readers = args.process_index * num_workers + worker, args.world_size * num_workers
         batches = CostBatches(
@@ -56,6 +44,8 @@ class MixtureBatches(IterableDataset):
         num_read = batches.num_read
         while True:
             rows = batches.next_batch() or []
+            for _, error in batches.rejected:
+                self._collator.reject(error)
             inputs, undecodable = self._collator.encode([row for _, row in rows])
             rejected = batches.rejected + [(rows[index][0], error) for index, error in undecodable]
             batches.rejected = []
@@ -73,23 +63,8 @@ class MixtureBatches(IterableDataset):
             }
             num_read = batches.num_read
 
-    def close(self):
-        """Let workers end at a termination signal, which they ignore before."""
-        self._closing.fill_(True)
-
-    def ignore_termination(self, worker):
-        """Leave a signal to the whole process group to the trainer, which needs its workers to save and stop.
-
-        Args:
-            worker (`int`): number of the worker that this is called in.
-        """
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if self._closing else None)
-
     def _prepare(self, row):
-        try:
-            prepared = self._collator.prepare(row.content, f"{row.dataset}, {row.row}", row.epoch)
-        except BadRowError as error:
-            raise self._collator.reject(error) from error
+        prepared = self._collator.prepare(row.content, f"{row.dataset}, {row.row}", row.epoch)
         return _Measured(row, prepared, self._args.max_cost)
 
 
@@ -116,28 +91,6 @@ def batch_limits(args, reader):
         "window": max(args.shuffle_window, args.per_device_train_batch_size),
         "seed": f"{args.seed}/{reader}",
     }
-
-
-def make_loader(batches, args):
-    """Return the loader of [`MixtureBatches`].
-
-    Args:
-        batches ([`MixtureBatches`]): the data set.
-        args ([`trainers.CPTConfig`]): number of workers and the like.
-    """
-    # Python terminates the workers of a loader that is still referred to when it exits, and waits for them.
-    atexit.register(batches.close)
-    return DataLoader(
-        batches,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=args.dataloader_num_workers,
-        prefetch_factor=args.dataloader_prefetch_factor,
-        pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
-        worker_init_fn=batches.ignore_termination,
-        # Its own, so that starting workers takes no draw from the model's generator.
-        generator=torch.Generator(),
-    )
 
 
 def count_steps(mixture, collator, args):
@@ -219,8 +172,4 @@ def _report(row, error):
     return {"dataset": row.dataset, "row": row.row, "epoch": row.epoch, "reason": error.reason, "message": str(error)}
 
 
-def _as_it_is(batch):
-    return batch
-
-
-__all__ = ["MixtureBatches", "batch_limits", "count_steps", "make_loader"]
+__all__ = ["MixtureBatches", "batch_limits", "count_steps"]

@@ -1,66 +1,40 @@
 """The data of continual pre-training: several sources as one endless, reproducible sequence of interleaved rows."""
 
-import hashlib
-import logging
 import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from trl import DatasetMixtureConfig
-from trl.scripts.utils import DatasetConfig
 
-from .cpt_sources import interleaved, load_source, read_row
-
-logger = logging.getLogger(__name__)
+from .cpt_sources import interleaved, load_source
+from .row_sources import RowSource, RowStream, check_weights, read_row, sample_rows, unit_hash
 
 
 @dataclass
-class DataSource(DatasetConfig):
-    """One data set of a mixture: what [`trl.DatasetConfig`] says, and how it takes part.
+class DataSource(RowSource):
+    """One data set of a mixture: what [`trainers.row_sources.RowSource`] says, and its columns.
+
+    Without weights every row is drawn once an epoch, and streamed sources, whose sizes are not known, take turns at
+    random, all alike. The paper uses `max_rows` = 500,000.
 
     Args:
-        path, name, data_dir, data_files, split: as in [`trl.DatasetConfig`]: a Hub id, a local folder (of Parquet or
-            Arrow files, or written by `save_to_disk`), or a format such as `"parquet"` or `"webdataset"` with
-            `data_files`.
-        revision (`str`, *optional*): branch, tag or commit on the Hub.
-        weight (`float`, *optional*): share of the rows drawn, relative to the other sources. All sources have one, or
-            none: then every row is drawn once an epoch, and streamed sources, whose sizes are not known, take turns at
-            random, all alike.
-        max_rows (`int`, *optional*): use only so many rows (paper: 500,000): a random sample, or of a stream the first
-            ones of every reader.
         column_map (`dict`, *optional*): columns that hold `text`, `images` and, for reports, `row` (an identifier);
             by default those of the same names, and `__key__` for `row`. A dotted name reaches into a struct. A single
             image instead of a list is a captioned one: it stands before the text if the text has no placeholder.
 
     Raises:
-        ValueError: `columns` or `fraction` is given, a number is out of range, or `column_map` has another key.
+        ValueError: see `RowSource`, or `column_map` has another key.
     """
 
-    revision: str | None = None
-    weight: float | None = None
-    max_rows: int | None = None
     column_map: dict[str, str] | None = None
 
     def __post_init__(self):
-        for name, instead in (("columns", "column_map"), ("fraction", "weight")):
-            if getattr(self, name) is not None:
-                raise ValueError(f"Source {self.path!r}: {name} is not supported, use {instead}.")
-        if self.weight is not None and not self.weight > 0:
-            raise ValueError(f"Source {self.path!r}: weight must be above 0, got {self.weight}.")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"Source {self.path!r}: max_rows must be at least 1, got {self.max_rows}.")
+        super().__post_init__()
         unknown = set(self.column_map or {}) - {"text", "images", "row"}
         if unknown:
             raise ValueError(
                 f"Source {self.path!r}: column_map names {sorted(unknown)}; allowed are ['images', 'row', 'text']."
             )
-
-    @property
-    def label(self):
-        """What the source is called in logs and reports."""
-        files = self.data_files if isinstance(self.data_files, str) else None
-        return ":".join(part for part in (self.path, self.name, files or self.data_dir) if part)
 
 
 @dataclass
@@ -115,18 +89,11 @@ class CPTMixture:
     """
 
     def __init__(self, sources, streaming=False, seed=0):
-        if not sources:
-            raise ValueError("No data set is given: `datasets` needs at least one entry with a `path`.")
-        weighted = [source.label for source in sources if source.weight is not None]
-        if weighted and len(weighted) < len(sources):
-            raise ValueError(f"Either all sources have a weight, or none: only {weighted} have one.")
+        check_weights(sources)
         self.sources, self.streaming, self.seed = list(sources), streaming, seed
         self.loaded = [load_source(source, streaming) for source in self.sources]
         if not streaming:
-            for index, source in enumerate(self.sources):
-                if source.max_rows is not None and source.max_rows < len(self.loaded[index]):
-                    rows = self.loaded[index].shuffle(seed=seed)
-                    self.loaded[index] = rows.select(range(source.max_rows))
+            self.loaded = [sample_rows(rows, source, seed) for source, rows in zip(self.sources, self.loaded)]
 
     def __len__(self):
         """Return the number of rows drawn in one epoch; streams have none."""
@@ -263,7 +230,7 @@ class StreamedRows:
         self._borders = np.cumsum(weights / weights.sum())
         self._num_drawn = 0
         self._streams = [
-            _Stream(source, rows, reader, num_readers) for source, rows in zip(mixture.sources, mixture.loaded)
+            RowStream(source, rows, reader, num_readers) for source, rows in zip(mixture.sources, mixture.loaded)
         ]
 
     def __iter__(self):
@@ -273,7 +240,10 @@ class StreamedRows:
         draw = unit_hash(self._mixture.seed, self._reader, self._num_drawn)
         self._num_drawn += 1
         chosen = min(int(np.searchsorted(self._borders, draw, side="right")), len(self._streams) - 1)
-        return next(self._streams[chosen])
+        row, number, epoch = next(self._streams[chosen])
+        content, name = interleaved(row, self._mixture.sources[chosen])
+        name = name or f"row {number} of reader {self._reader}"
+        return MixtureRow(self._mixture.sources[chosen].label, name, epoch, content)
 
     def state_dict(self):
         """Return what to go on from."""
@@ -286,72 +256,4 @@ class StreamedRows:
             stream.load_state_dict(stream_state)
 
 
-class _Stream:
-    """One source for one reader, epoch after epoch."""
-
-    def __init__(self, source, rows, reader, num_readers):
-        self._source, self._reader, self._num_readers = source, reader, num_readers
-        # More shards than files, where the format allows it: else most readers would read all and skip most.
-        self._sharded = rows.reshard()
-        self._max_rows = None
-        if source.max_rows is not None:
-            self._max_rows = source.max_rows // num_readers + (reader < source.max_rows % num_readers)
-        self._start(0)
-
-    def _start(self, epoch, num_read=0, state=None):
-        self._epoch, self._num_read = epoch, num_read
-        strategy = "shards" if self._sharded.num_shards >= self._num_readers else "examples"
-        if strategy == "examples" and self._reader == epoch == 0:
-            logger.warning(
-                "Source %r has %d shards for %d readers (workers of all ranks): each of them reads all of it, and "
-                "keeps its part. More files, smaller row groups or fewer workers spare that.",
-                self._source.label,
-                self._sharded.num_shards,
-                self._num_readers,
-            )
-        # Anew for every epoch: a data set that was once given a state begins there again.
-        self._rows = split_dataset_by_node(self._sharded, self._reader, self._num_readers, strategy=strategy)
-        # Shards change their order every epoch; of a sample the same rows must come again.
-        self._rows.set_epoch(epoch if self._max_rows is None else 0)
-        if state is not None:
-            self._rows.load_state_dict(state)
-        # Not iter(self._rows): in a loader's worker it would share the rows out among workers a second time.
-        self._iterator = self._rows.iter(batch_size=1)
-
-    def __next__(self):
-        row = self._read()
-        if row is None and self._num_read:
-            self._start(self._epoch + 1)
-            row = self._read()
-        if row is None:
-            raise ValueError(
-                f"Source {self._source.label!r} has no rows for reader {self._reader} of {self._num_readers}: it has "
-                "fewer rows than there are readers (workers of all ranks). Set streaming: false, or fewer "
-                "dataloader_num_workers."
-            )
-        number = self._num_read
-        self._num_read += 1
-        content, name = interleaved(row, self._source)
-        name = name or f"row {number} of reader {self._reader}"
-        return MixtureRow(self._source.label, name, self._epoch, content)
-
-    def _read(self):
-        if self._max_rows is not None and self._num_read >= self._max_rows:
-            return None
-        batch = next(self._iterator, None)
-        return None if batch is None else {name: values[0] for name, values in batch.items()}
-
-    def state_dict(self):
-        return {"epoch": self._epoch, "num_read": self._num_read, "rows": self._rows.state_dict()}
-
-    def load_state_dict(self, state):
-        self._start(state["epoch"], state["num_read"], state["rows"])
-
-
-def unit_hash(*numbers):
-    """Return a number in [0, 1) that depends on `numbers` alone: a random draw that needs no state."""
-    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53
-
-
-__all__ = ["CPTMixture", "CPTMixtureConfig", "DataSource", "MixtureRow", "unit_hash"]
+__all__ = ["CPTMixture", "CPTMixtureConfig", "DataSource", "MixtureRow"]

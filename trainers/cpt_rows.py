@@ -1,13 +1,11 @@
 """One row of continual pre-training: checked, tokenised and measured before any image is decoded."""
 
 import hashlib
-import io
 from dataclasses import dataclass
 
-from PIL import Image
-
 from modeling_moca.chat_moca import PLACEHOLDER
-from modeling_moca.images_moca import EXIF_ORIENTATION, to_rgb
+
+from .row_images import BadRowError, decode_image, open_image
 
 COLUMNS = ("text", "images")
 BAD_ROW_REASONS = (
@@ -18,16 +16,6 @@ BAD_ROW_REASONS = (
     "aspect_ratio",
     "does_not_fit",
 )
-MAX_ASPECT_RATIO = 200
-
-
-class BadRowError(ValueError):
-    """A row that cannot be used, and why: `reason` is one of `BAD_ROW_REASONS`."""
-
-    def __init__(self, reason, message=None):
-        # One argument is what a loader's worker re-raises it with.
-        super().__init__(reason if message is None else message)
-        self.reason = reason
 
 
 @dataclass
@@ -100,14 +88,7 @@ def prepare_row(row, processor, max_length, place):
     key = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16)
     sizes = []
     for position, image in enumerate(images):
-        try:
-            images[position], content, size = _open(image)
-        except Image.DecompressionBombError as error:
-            raise BadRowError("decompression_bomb", f"{start}: image {position} is too large: {error}") from error
-        # What Pillow raises depends on the format and on where the bytes are damaged.
-        except Exception as error:
-            raise BadRowError("undecodable_image", f"{start}: image {position} cannot be decoded ({error}).") from error
-        _check_size(size, f"{start}: image {position}")
+        images[position], content, size = open_image(image, f"{start}: image {position}")
         key.update(content)
         sizes.append(size)
     try:
@@ -131,55 +112,12 @@ def decode_images(row, resize=None):
         BadRowError: an image is truncated or damaged.
     """
     decoded = []
-    for position, image in enumerate(row.images):
-        try:
-            # Every pixel, now: a truncated file must fail here.
-            image.load()
-            image = to_rgb(image)
-            if image.size[::-1] != row.image_sizes[position]:
-                raise ValueError("EXIF data behind the pixels turns it")
-        except Exception as error:
-            raise BadRowError(
-                "undecodable_image", f"{row.place}: image {position} cannot be decoded ({error})."
-            ) from error
+    for position, (image, size) in enumerate(zip(row.images, row.image_sizes)):
+        image = decode_image(image, size, f"{row.place}: image {position}")
         decoded.append(image if resize is None else resize(image))
         # The pixels of the file go; those that are handed on stay.
         row.images[position] = None
     return decoded
-
-
-def _open(image):
-    """Return an image as Pillow image, not decoded, the bytes that tell it from others, and its height and width."""
-    if isinstance(image, dict):
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, str):
-        with open(image, "rb") as file:
-            image = file.read()
-    if isinstance(image, Image.Image):
-        return image, image.tobytes(), _seen_size(image)
-    opened = Image.open(io.BytesIO(image))
-    return opened, image, _seen_size(opened)
-
-
-def _seen_size(image):
-    width, height = image.size
-    # Not image.getexif(): for a PNG it would decode the pixels, since the data may follow them.
-    turned = Image.Image.getexif(image).get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
-
-
-def _check_size(size, start):
-    height, width = size
-    if Image.MAX_IMAGE_PIXELS is not None and height * width > Image.MAX_IMAGE_PIXELS:
-        raise BadRowError(
-            "decompression_bomb",
-            f"{start} is too large: {width} x {height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS="
-            f"{Image.MAX_IMAGE_PIXELS}.",
-        )
-    if max(size) > MAX_ASPECT_RATIO * min(size):
-        raise BadRowError(
-            "aspect_ratio", f"{start} of {width} x {height} pixels has an aspect ratio over {MAX_ASPECT_RATIO}."
-        )
 
 
 __all__ = ["BAD_ROW_REASONS", "COLUMNS", "BadRowError", "PreparedRow", "decode_images", "prepare_row", "row_cost"]

@@ -1,11 +1,8 @@
 """One source of a mixture: loading it without decoding images, and bringing its rows to the interleaved layout."""
 
-import os
-from pathlib import Path
-
-import datasets
-
 from modeling_moca.chat_moca import PLACEHOLDER
+
+from .row_sources import load_rows, value_at
 
 # The columns of a row, where the source does not say otherwise.
 DEFAULT_COLUMNS = {"text": "text", "images": "images", "row": "__key__"}
@@ -24,42 +21,9 @@ def load_source(source, streaming):
     Raises:
         ValueError: a column that is needed is missing.
     """
-    folder = Path(source.path)
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        rows = datasets.load_from_disk(source.path)
-        rows = rows[source.split] if isinstance(rows, datasets.DatasetDict) else rows
-        if streaming:
-            rows = rows.to_iterable_dataset(num_shards=max(len(rows.cache_files), 1))
-    else:
-        path, files = source.path, source.data_files
-        if folder.is_dir() and files is None and source.data_dir is None and list(folder.glob("*.arrow")):
-            path, files = "arrow", os.path.join(source.path, "*.arrow")
-        rows = datasets.load_dataset(
-            path,
-            source.name,
-            data_dir=source.data_dir,
-            data_files=files,
-            split=source.split,
-            revision=source.revision,
-            streaming=streaming,
-        )
+    needed = {_column(source, name).split(".")[0] for name in DEFAULT_COLUMNS}
     # A stream of some formats tells its columns with its first row only: see interleaved().
-    if rows.column_names is not None:
-        check_columns(source, rows.column_names)
-        needed = {_column(source, name).split(".")[0] for name in DEFAULT_COLUMNS}
-        rows = rows.select_columns([name for name in rows.column_names if name in needed])
-    # Arrow tables hold encoded images; casting a column to undecoded images would write all of them anew.
-    return rows.decode(False) if streaming else rows.with_format("arrow")
-
-
-def read_row(rows, index):
-    """Return one row of a data set of [`load_source`] that is there as a whole, its images encoded.
-
-    Args:
-        rows (`datasets.Dataset`): the data set.
-        index (`int`): which row.
-    """
-    return rows[index : index + 1].to_pylist()[0]
+    return load_rows(source, needed, lambda names: check_columns(source, names), streaming)
 
 
 def check_columns(source, names):
@@ -91,7 +55,7 @@ def interleaved(row, source):
         ValueError: a column is missing.
     """
     check_columns(source, row)
-    text, images, name = (_value(row, _column(source, column)) for column in DEFAULT_COLUMNS)
+    text, images, name = (value_at(row, _column(source, column)) for column in DEFAULT_COLUMNS)
     if isinstance(text, bytes):
         text = text.decode("utf-8", "replace")
     if images is not None and not isinstance(images, (list, tuple)):
@@ -107,11 +71,4 @@ def _column(source, name):
     return (source.column_map or {}).get(name, DEFAULT_COLUMNS[name])
 
 
-def _value(row, column):
-    value = row
-    for part in column.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
-
-
-__all__ = ["check_columns", "interleaved", "load_source", "read_row"]
+__all__ = ["check_columns", "interleaved", "load_source"]

@@ -1,36 +1,27 @@
 """Trainer of continual pre-training: the stock loop, with a loss that is an exact mean over the global step."""
 
-import json
 import os
 import time
 
 import torch
-from accelerate.utils import gather_object
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer import TRAINING_ARGS_NAME
 
+from .batch_loader import make_loader
+from .checkpoints import EpochCallback
 from .cpt_adapters import freeze_vision_tower, is_adapted, merge_adapters
-from .cpt_checkpoints import (
-    MARKER,
-    RejectedRows,
-    StopCallback,
-    StopSignal,
-    check_bad_row_share,
-    find_checkpoint,
-    mark_complete,
-)
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
 from .cpt_counts import NAMES, FlopsMeter, StepCounts
-from .cpt_loader import MixtureBatches, count_steps, make_loader
+from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
 from .cpt_sharding import own_class, sum_in_float32, whole_weights, without_copies
 from .masking import IGNORE_INDEX
+from .resumable import ResumableMixin
 
 
-class CPTTrainer(Trainer):
+class CPTTrainer(ResumableMixin, Trainer):
     """Train [`MoCaForPreTraining`] to reconstruct masked tokens and patches (paper section 3.1).
 
     Both losses are means over all tokens and all patches hidden in one optimisation step, over gradient accumulation
@@ -122,11 +113,12 @@ class CPTTrainer(Trainer):
                 "Adapters need whole weights on every rank: use plain data parallelism or ZeRO-2, or train all weights."
             )
         sum_in_float32(self.accelerator)
-        self.add_callback(StopCallback(lambda: self.stopped, has_epochs=self._mixture is None))
-        self.stopped = self._merges_adapters = False
-        self._signal = StopSignal()
+        self._merges_adapters = False
         sources = None if self._mixture is None else [source.label for source in self._mixture.sources]
         self._counts = StepCounts(model.config.num_patches_per_token, sources)
+        self._begin_resumable()
+        if self._mixture is not None:
+            self.add_callback(EpochCallback(args.max_steps))
         self._start_run()
         # Plain data parallelism finds unused parameters by itself, and is spared the blank images.
         model.moca.always_use_vision = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -156,16 +148,14 @@ class CPTTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Return the batches of a step and their counts; what a mixture's batches tell about the data is kept here."""
-        return super().get_batch_samples(map(self._take_data, epoch_iterator), num_batches, device)
+        return super().get_batch_samples(map(self._take_batch, epoch_iterator), num_batches, device)
 
-    def _take_data(self, batch):
+    def _take_batch(self, batch):
         self._num_batches += 1
         if self._mixture is None:
             return batch
         data, inputs = batch["data"], batch["inputs"]
-        self._reader_states = {**(self._reader_states or {}), str(data["worker"]): data["state"]}
-        step = self.state.global_step + 1
-        self._rejected += [{**row, "step": step} for row in data["rejected"]]
+        self._take_data(data)
         inputs["skipped_rows"] = self._counts.rejected(data["rejected"])
         inputs["cut_rows"] = torch.tensor([data["num_cut_rows"], data["num_cut_tokens"]])
         inputs["num_rows"] = data["num_rows"]
@@ -182,27 +172,11 @@ class CPTTrainer(Trainer):
         counts = self.accelerator.reduce(counts, "sum") // self.get_tp_size()
         self._train_counts += counts
         self._train_steps += 1
-        self._unsettled = _copy_to_host(counts)
+        self._keep_counts(counts)
         return counts[:2]
 
-    def _settle_counts(self):
-        """Look at the counts of the last step, which have long arrived: no step waits for its own."""
-        if self._unsettled is None:
-            return
-        counts, arrived = self._unsettled
-        if arrived is not None:
-            arrived.synchronize()
-        self._unsettled = None
-        counts = counts.tolist()
-        self.stopped = self.stopped or counts[-1] > 0
-        self._num_rows += counts[NAMES.index("num_rows")]
-        self._num_bad_rows += self._counts.num_bad_rows(counts)
-        try:
-            check_bad_row_share(self._num_bad_rows, self._num_rows, self.args.max_bad_row_share)
-        except ValueError:
-            # On all ranks, since the counts are those of all.
-            self._write_rejected()
-            raise
+    def _read_counts(self, counts):
+        return counts[NAMES.index("num_rows")], self._counts.num_bad_rows(counts), counts[-1]
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
@@ -293,48 +267,21 @@ class CPTTrainer(Trainer):
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())
 
-    def _save_checkpoint(self, model, trial):
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save and os.path.exists(os.path.join(folder, MARKER)):
-            os.remove(os.path.join(folder, MARKER))
-        # Older checkpoints go once this one is whole, not before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self._settle_counts()
-        self._write_rejected()
-        with open(os.path.join(folder, self._run_state_name()), "w", encoding="utf-8") as file:
-            json.dump(self._run_state(), file)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder)
-            rotate_checkpoints(
-                output_dir=self._get_output_dir(trial=trial),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _run_state_name(self):
-        return f"run_state_{self.args.process_index}.json"
-
-    def _run_state(self):
-        """Return what this rank needs, beside the stock checkpoint, to go on as if nothing had happened."""
+    def _run_totals(self):
         return {
-            "settings": self._data_settings(),
-            "num_batches": self._num_batches,
-            "readers": self._reader_states,
-            "num_rows": self._num_rows,
-            "num_bad_rows": self._num_bad_rows,
             "losses": self._train_losses.tolist(),
             "counts": self._train_counts.tolist(),
             "steps": self._train_steps,
             "flops": self._flops.total,
             "seconds": time.perf_counter() - self._train_start,
         }
+
+    def _load_run_totals(self, state):
+        self._train_losses += torch.tensor(state["losses"], device=self.args.device)
+        self._train_counts += torch.tensor(state["counts"], device=self.args.device)
+        self._train_steps = state["steps"]
+        self._flops.total = state["flops"]
+        self._train_start -= state["seconds"]
 
     def _data_settings(self):
         if self._mixture is None:
@@ -356,64 +303,6 @@ class CPTTrainer(Trainer):
             settings["rows"] = [len(rows) for rows in self._mixture.loaded]
         return settings
 
-    def _load_run_state(self, folder):
-        path = os.path.join(folder, self._run_state_name())
-        if not os.path.exists(path):
-            if self._mixture is None:
-                return
-            raise ValueError(
-                f"The checkpoint has no {path}: it was saved with fewer ranks than {self.args.world_size}."
-            )
-        with open(path, encoding="utf-8") as file:
-            state = json.load(file)
-        now = self._data_settings()
-        changed = {
-            name: f"{state['settings'].get(name)} -> {now.get(name)}"
-            for name in sorted({*state["settings"], *now})
-            if state["settings"].get(name) != now.get(name)
-        }
-        if changed:
-            raise ValueError(f"The checkpoint {folder} goes on with other data than this run has: {changed}.")
-        self._num_batches, self._reader_states = state["num_batches"], state["readers"]
-        self._num_rows, self._num_bad_rows = state["num_rows"], state["num_bad_rows"]
-        self._train_losses += torch.tensor(state["losses"], device=self.args.device)
-        self._train_counts += torch.tensor(state["counts"], device=self.args.device)
-        self._train_steps = state["steps"]
-        self._flops.total = state["flops"]
-        self._train_start -= state["seconds"]
-
-    def _write_rejected(self):
-        """Bring the bad rows of all ranks to the file, where there are any."""
-        rows, self._rejected = self._rejected, []
-        any_rows = self.accelerator.reduce(torch.tensor(len(rows), device=self.args.device), "sum").item()
-        if any_rows:
-            rows = gather_object(rows)
-            if self.is_world_process_zero():
-                self._rejected_rows.write(rows)
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train; see [`~transformers.Trainer.train`].
-
-        Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): a checkpoint; True: the newest whole one; `"auto"`:
-                the same, and from the start if there is none.
-            kwargs: `trial`, `ignore_keys_for_eval`.
-        """
-        resume = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        self._start_run()
-        step = 0
-        if resume is not None:
-            self._load_run_state(resume)
-            with open(os.path.join(resume, TRAINER_STATE_NAME), encoding="utf-8") as file:
-                step = json.load(file)["global_step"]
-        if self.is_world_process_zero():
-            self._rejected_rows = RejectedRows(self.args.output_dir, step)
-        with self._signal:
-            output = super().train(resume_from_checkpoint=resume, **kwargs)
-        self._settle_counts()
-        self._write_rejected()
-        return output
-
     def log(self, logs, start_time=None):
         """Log; training logs get both losses, counts and speed since the last log, over all ranks."""
         if "loss" in logs and self.is_in_train:
@@ -432,10 +321,7 @@ class CPTTrainer(Trainer):
     def _start_run(self):
         # Anew for every run, since what is trained may have been changed.
         self._flops = FlopsMeter(self.accelerator.unwrap_model(self.model), self.args.device)
-        self._num_batches, self._reader_states = 0, None
-        self._num_rows = self._num_bad_rows = 0
-        self._rejected, self._unsettled = [], None
-        self.stopped = self._signal.received = False
+        super()._start_run()
         self._start_train_window()
 
     def _start_train_window(self):
@@ -476,17 +362,6 @@ def _collator(processor, args):
         packing=args.packing,
         ignored_columns=(args.length_column_name,),
     )
-
-
-def _copy_to_host(tensor):
-    """Start to copy a tensor to the host; return the copy, and an event to wait for where it takes its time."""
-    if tensor.device.type != "cuda":
-        return tensor.cpu(), None
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    copy.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return copy, event
 
 
 def _losses(outputs):

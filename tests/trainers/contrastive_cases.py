@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
+from tests.trainers import contrastive_run
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_transformer
 
@@ -143,24 +144,18 @@ def run(model_folder, output_folder, global_batch_size, world_size, **settings):
     return history, recorder.steps, trainer.tasks_seen[: len(history)], evaluation
 
 
-def resume(model_folder, output_folder):
-    """Train two epochs on two ranks, then again from the middle of the second; return the largest difference."""
-    data = {"texts": texts_task(16), "mixed": mixed_task(16)}
-    weights = []
-    for checkpoint in (None, str(output_folder / "resume/checkpoint-6")):
-        settings = arguments(
-            output_folder / "resume",
-            per_device_train_batch_size=4,
-            num_train_epochs=2,
-            learning_rate=1e-3,
-            save_strategy="no" if checkpoint else "steps",
-            save_steps=6,
-        )
-        trainer = ContrastiveTrainer(build(model_folder), settings, data)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        assert trainer.state.global_step == 8
-        weights.append([parameter.detach() for parameter in trainer.model.parameters()])
-    return max((first - second).abs().max().item() for first, second in zip(*weights))
+def resume(folder, streaming):
+    """Train on a mixture on two ranks, then again from the middle of an epoch; return logs and weights of both."""
+    results = []
+    for again in (False, True):
+        # 24 batches an epoch, 2 a step.
+        settings = {"max_steps": 5, "save_steps": 3, "save_strategy": "no" if again else "steps", "logging_steps": 2}
+        trainer = contrastive_run.make_trainer(folder, folder / f"resume-{streaming}", streaming, **settings)
+        trainer.train(resume_from_checkpoint=str(folder / f"resume-{streaming}/checkpoint-3") if again else None)
+        assert trainer.state.global_step == 5 and trainer.args.world_size == 2
+        weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        results.append((contrastive_run.curve(trainer), weights))
+    return results
 
 
 def main():
@@ -171,8 +166,8 @@ def main():
         record = {"history": history, "tasks": tasks, "evaluation": evaluation}
         (output_folder / f"{name}-{rank}.json").write_text(json.dumps(record))
         torch.save(gradients, output_folder / f"{name}-{rank}.pt")
-    difference = resume(model_folder, output_folder)
-    (output_folder / f"resume-{rank}.json").write_text(json.dumps(difference))
+    for streaming in (False, True):
+        torch.save(resume(output_folder, streaming), output_folder / f"resume-{streaming}-{rank}.pt")
 
 
 if __name__ == "__main__":

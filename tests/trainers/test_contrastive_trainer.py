@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+import yaml
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+from trl import ModelConfig, TrlParser
 
 from modeling_moca import MoCaModel, MoCaProcessor
 from tests.conftest import REPOSITORY
@@ -21,10 +23,12 @@ from tests.trainers.contrastive_cases import (
     save_checkpoint,
     texts_task,
 )
+from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_data import ContrastiveDataCollator
 from trainers.contrastive_info_nce import info_nce
 from trainers.contrastive_loss import InfoNCELoss
-from trainers.contrastive_sampler import TaskBatchSampler
+from trainers.contrastive_sampler import OrderedBatches
+from trainers.contrastive_sources import KINDS, PairMixtureConfig
 from trainers.contrastive_trainer import ContrastiveTrainer
 
 
@@ -74,12 +78,11 @@ def test_stock_modules_pool_as_the_model_does(checkpoint, tmp_path, pooling):
 
 def test_prompts_by_task_and_max_length(checkpoint, tmp_path):
     settings = arguments(tmp_path, prompts={"texts": {"query": "find: "}}, max_length=12)
-    trainer = ContrastiveTrainer(
-        build(checkpoint, max_length=12), settings, {"texts": texts_task(), "mixed": mixed_task()}
-    )
+    data = {"texts": texts_task(), "mixed": mixed_task()}
+    trainer = ContrastiveTrainer(build(checkpoint, max_length=12), settings, data)
     tokenizer = trainer.model.tokenizer
     for task in ("texts", "mixed"):
-        batch = trainer.data_collator([trainer.train_dataset[task][index] for index in range(4)])
+        batch = trainer.data_collator([{"dataset_name": task, **data[task][index]} for index in range(4)])
         queries = tokenizer.batch_decode(batch["query_input_ids"], skip_special_tokens=True)
         assert [query.startswith("find: ") for query in queries] == [task == "texts"] * 4
         assert all(value.shape[1] <= 12 for key, value in batch.items() if key.endswith("input_ids"))
@@ -106,7 +109,8 @@ def test_features_reach_the_loss_as_rows_say(checkpoint, all_negatives):
     model = build(checkpoint).eval()
     rows = [mixed_task()[index] for index in range(8)]
     batch = ContrastiveDataCollator(model.preprocess)(rows)
-    assert batch["label"][:, 0].tolist() == [False, True, False, False, False, True, False, False]
+    mask = batch["label"]["negatives_mask"]
+    assert mask[:, 0].tolist() == [False, True, False, False, False, True, False, False]
     features = [
         {key[len(column) + 1 :]: value for key, value in batch.items() if key.startswith(column + "_")}
         for column in ("query", "positive", "negative_1")
@@ -123,8 +127,8 @@ def test_features_reach_the_loss_as_rows_say(checkpoint, all_negatives):
         )
         present = [row["negative_1"] for row in rows if row["negative_1"] is not None]
         negatives = torch.zeros(8, 1, query.shape[1])
-        negatives[batch["label"][:, 0], 0] = torch.stack([torch.as_tensor(embed(image)) for image in present])
-        expected = info_nce(query, positive, negatives, batch["label"], all_negatives=all_negatives)
+        negatives[mask[:, 0], 0] = torch.stack([torch.as_tensor(embed(image)) for image in present])
+        expected = info_nce(query, positive, negatives, mask, all_negatives=all_negatives)
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -146,21 +150,21 @@ def test_settings_reach_the_loss(checkpoint, tmp_path):
 @pytest.mark.parametrize("settings", [{"mini_batch_tokens": 60}, {"mini_batch_size": 2}, {}])
 def test_features_stay_on_the_host_with_cached_gradients(checkpoint, tmp_path, monkeypatch, settings):
     _, trainer = train(checkpoint, tmp_path, {"mixed": mixed_task()}, **settings)
-    inputs = next(iter(trainer.get_train_dataloader()))
+    inputs = next(iter(trainer.get_train_dataloader()))["inputs"]
     monkeypatch.setattr(type(trainer.args), "device", torch.device("meta"))
     prepared = trainer._prepare_inputs(inputs)
     assert list(prepared) == list(inputs) and "positive_pixel_values" in prepared
     places = {name: value.device.type for name, value in prepared.items() if isinstance(value, torch.Tensor)}
-    assert places.pop("label") == "meta"
+    assert {value.device.type for value in prepared["label"].values()} == {"meta"}
     assert set(places.values()) == {"cpu" if settings else "meta"}
 
 
 class HashingCollator(ContrastiveDataCollator):
-    """Tell the loss which positives are the same, beside the mask."""
+    """Tell the loss that all positives are the same."""
 
-    def __call__(self, features):
-        batch = super().__call__(features)
-        batch["label"] = {"negatives_mask": batch["label"], "positive_hash": torch.zeros(len(features)).long()}
+    def encode(self, pairs, sides, task):
+        batch = super().encode(pairs, sides, task)
+        batch["label"]["positive_hash"] = torch.zeros(len(pairs)).long()
         return batch
 
 
@@ -188,13 +192,13 @@ def test_masked_negatives(checkpoint):
     model = build(checkpoint)
     batch = ContrastiveDataCollator(model.preprocess)([texts_task()[index] for index in range(4)])
     # Row 0: missing and blank; row 1: equal to its positive; row 3: missing.
-    assert batch["label"].tolist() == [[False, False], [False, True], [True, True], [False, True]]
+    assert batch["label"]["negatives_mask"].tolist() == [[False, False], [False, True], [True, True], [False, True]]
 
 
 @pytest.mark.parametrize("empty", [None, "", {"text": " ", "image": None}])
 def test_rows_without_query_are_refused(checkpoint, empty):
     rows = [{"query": empty, "positive": "the sea", "dataset_name": "texts"}]
-    with pytest.raises(ValueError, match="'texts' has a row whose 'query' holds neither text nor image"):
+    with pytest.raises(ValueError, match="'texts', row 0 of the batch: its query holds neither text nor image"):
         ContrastiveDataCollator(build(checkpoint).preprocess)(rows)
 
 
@@ -229,7 +233,7 @@ def test_evaluation_reports_each_task(checkpoint, tmp_path):
     model, trainer = train(checkpoint, tmp_path, eval_dataset=data, per_device_eval_batch_size=4)
     metrics = trainer.evaluate()
     assert {"eval_texts_loss", "eval_mixed_loss"} <= set(metrics)
-    batches = list(TaskBatchSampler({"eval": 11}, 4, shuffle=False, keep_partial=True))
+    batches = list(OrderedBatches(11, 4))
     assert [len(batch) for batch in batches] == [4, 4, 3]
     losses = []
     for batch in batches:
@@ -244,12 +248,14 @@ def test_mixed_batches_hold_rows_of_all_tasks_and_their_own_negatives(checkpoint
     data = {"texts": texts_task(16), "mixed": mixed_task(16)}  # two hard negatives, and one
     _, trainer = train(checkpoint, tmp_path, data, task_batches=False, all_negatives=False)
     loader = trainer.get_train_dataloader()
-    batches = list(trainer.train_sampler)
+    plan = trainer._schedule.plan
+    batches = [plan.batch(number)[1].tolist() for number in range(plan.num_batches)]
     assert sorted(row for batch in batches for row in batch) == list(range(32))
     assert all(min(batch) < 16 <= max(batch) for batch in batches), "a batch of one task"
     for rows, batch in zip(batches, loader):
-        assert batch["label"].shape == (8, 2)
-        for row, exists in zip(rows, batch["label"].tolist()):
+        mask = batch["inputs"]["label"]["negatives_mask"]
+        assert mask.shape == (8, 2)
+        for row, exists in zip(rows, mask.tolist()):
             source = data["texts"][row] if row < 16 else data["mixed"][row - 16]
             for number, there in enumerate(exists, start=1):
                 negative = source.get(f"negative_{number}")
@@ -318,15 +324,21 @@ def test_unconverted_backbone_is_refused(tmp_path):
 def test_example_script(checkpoint, tmp_path):
     for task, rows in (("texts", texts_task()), ("mixed", mixed_task())):
         rows.to_parquet(tmp_path / f"{task}.parquet")
-    config = (REPOSITORY / "examples/configs/contrastive_tiny.yaml").read_text()
-    (tmp_path / "good.yaml").write_text(config)
-    (tmp_path / "bad.yaml").write_text(config + "\ntemprature: 0.05\n")
-    data = {task: str(tmp_path / f"{task}.parquet") for task in ("texts", "mixed")}
+    config = yaml.safe_load((REPOSITORY / "examples/configs/contrastive_tiny.yaml").read_text())
+    entry = {"path": "parquet", "query": "query", "positive": "positive"}
+    config["datasets"] = [
+        {**entry, "task": "texts", "data_files": "texts.parquet", "negatives": ["negative_1", "negative_2"]},
+        {**entry, "task": "mixed", "data_files": "mixed.parquet", "query_instruction": "find: "},
+    ]
+    config["eval_datasets"] = [{**config["datasets"][0], "document_instruction": "read: ", "task": "held_out"}]
+    config |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+    (tmp_path / "good.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**config, "temprature": 0.05}))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
     def launch(name):
         flags = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "output", "--max_steps", "2"]
-        flags += ["--datasets", json.dumps(data), "--per_device_train_batch_size", "4"]
+        flags += ["--per_device_train_batch_size", "4"]
         script = [sys.executable, REPOSITORY / "examples/train_contrastive.py", "--config", tmp_path / f"{name}.yaml"]
         return subprocess.Popen(
             [*script, *flags],
@@ -341,6 +353,31 @@ def test_example_script(checkpoint, tmp_path):
     _, errors = good.communicate(timeout=120)
     assert good.returncode == 0, errors[-4000:]
     assert SentenceTransformer(str(tmp_path / "output"), device="cpu").encode("the sea").shape == (32,)
+    report = json.loads((tmp_path / "output" / "data_report.json").read_text())["datasets"]
+    assert report["texts"]["num_negatives_equal_to_positive"] == 1 and report["mixed"]["used"]["num_rows"] >= 4
+    settings = json.loads((tmp_path / "output" / "training_args.json").read_text())
+    assert settings["prompts"]["held_out"]["negative_2"] == "read: " and settings["prompts"]["mixed"] == {
+        "query": "find: "
+    }
+    history = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
+    assert any("eval_held_out_loss" in entry for entry in history)
     _, errors = bad.communicate(timeout=120)
     assert bad.returncode != 0
     assert "Unknown arguments from config file" in errors and "temprature" in errors
+
+
+@pytest.mark.parametrize("name", ["moca_3b", "reference_3b", "tiny"])
+def test_shipped_configurations_parse(name):
+    parser = TrlParser((PairMixtureConfig, ModelConfig, ContrastiveConfig))
+    path = str(REPOSITORY / "examples" / "configs" / f"contrastive_{name}.yaml")
+    flags = ["--config", path, "--use_cpu", "true", "--bf16", "false"]
+    mixture, model, config = parser.parse_args_and_config(flags)
+    assert model.dtype == "float32" and config.warmup_steps == 0.1
+    tasks = [source.task for source in mixture.datasets]
+    assert len(set(tasks)) == len(tasks)
+    if name != "tiny":
+        assert len(tasks) == 47 and {source.kind for source in mixture.datasets} == set(KINDS)
+        assert all(source.max_rows == 50_000 and source.num_negatives == 2 for source in mixture.datasets)
+        assert config.temperature == 0.03 and config.per_device_train_batch_size * 32 == 2048
+        follows_paper = (config.learning_rate, config.all_negatives, config.task_batches) == (1e-5, True, True)
+        assert follows_paper == (name == "moca_3b")

@@ -1,14 +1,18 @@
 """A mixture of sources: every format, every row once an epoch, shares, samples, and the state of a reader."""
 
 import json
+import re
 from collections import Counter
 
 import datasets
 import pytest
+from trl import TrlParser
 
 from modeling_moca.chat_moca import PLACEHOLDER
+from tests.conftest import REPOSITORY
 from tests.trainers.cpt_rows import encoded_image
 from tests.trainers.cpt_sources import FEATURES, number_of, numbered_rows, write_parquet, write_tars
+from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixture, CPTMixtureConfig, DataSource
 
 
@@ -222,3 +226,13 @@ def test_a_stream_that_every_reader_reads_whole_says_so(sources, caplog):
             CPTMixture(sources[1:], streaming=True).read(reader, num_readers)
         expected = f"has 2 shards for {num_readers} readers"
         assert sum(expected in record.getMessage() for record in caplog.records) == said
+
+
+def test_the_readme_shows_entries_that_are_valid(tmp_path):
+    block, _ = re.findall(r"```yaml\n(streaming.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "config.yaml").write_text(f"{block}output_dir: {tmp_path}\n")
+    parser = TrlParser((CPTMixtureConfig, CPTConfig))
+    mixture, config = parser.parse_args_and_config(["--config", str(tmp_path / "config.yaml"), "--use_cpu", "true"])
+    assert [source.weight for source in mixture.datasets] == [2, 1, 1] and mixture.streaming
+    assert mixture.datasets[2].column_map == {"text": "json.caption", "images": "jpg"}
+    assert (config.max_cost, config.on_bad_row, config.resume_from_checkpoint) == (12800, "skip", "auto")

@@ -125,6 +125,16 @@ def test_bad_rows_stop_a_run_that_wants_it_so(bad_folder, tmp_path, workers):
         trainer.train()
 
 
+def test_a_row_that_is_bad_before_its_images_are_opened_stops_such_a_run_too(folder, tmp_path):
+    rows = numbered_rows(8)
+    rows[3]["text"] = ""
+    write_parquet(tmp_path / "p", rows)
+    write_tars(tmp_path / "w", 4)
+    trainer = cpt_run.make_trainer(tmp_path, tmp_path / "run", on_bad_row="raise")
+    with pytest.raises(BadRowError, match="row 3 .*has no text"):
+        trainer.train()
+
+
 def test_too_large_a_share_of_bad_rows_stops_always(bad_folder, tmp_path):
     trainer = cpt_run.make_trainer(bad_folder, tmp_path, max_steps=50, max_bad_row_share=0.04)
     with pytest.raises(ValueError, match=r"\d+ of \d+ rows are bad, more than max_bad_row_share=0.04 allows; rejected"):

@@ -5,18 +5,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.trainers import cpt_run
+from tests.trainers import cpt_run, runs
 from tests.trainers.cpt_sources import numbered_rows, write_parquet, write_tars
+from tests.trainers.runs import finish, result, setting_flags, wait_for
 from tests.two_ranks import start_two_ranks
-from trainers.cpt_checkpoints import MARKER, find_checkpoint, last_complete
+from trainers.checkpoints import MARKER, find_checkpoint, last_complete
 
 MODES = [(False, 2), (True, 2)]
 
@@ -32,29 +31,7 @@ def folder(tmp_path_factory):
 
 
 def start(folder, output, streaming, workers):
-    arguments = [f"streaming={json.dumps(streaming)}", f"dataloader_num_workers={workers}"]
-    return subprocess.Popen(
-        [sys.executable, cpt_run.__file__, str(folder), str(output), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # Signals go to the whole group, workers included, as a scheduler sends them.
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 0, said[-4000:]
-    return said
-
-
-def result(output):
-    """Return logs, weights and rejected rows of a finished run."""
-    curve = json.loads((output / "curve.json").read_text())
-    rejected = sorted(json.loads(line).items() for line in (output / "rejected.jsonl").read_text().splitlines())
-    return curve, (output / "final" / "model.safetensors").read_bytes(), rejected
+    return runs.start(cpt_run.__file__, folder, output, streaming=streaming, dataloader_num_workers=workers)
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +41,6 @@ def whole(folder):
     for process in processes.values():
         finish(process)
     return {mode: result(folder / f"whole-{mode}") for mode in MODES}
-
-
-def wait_for(process, output, step):
-    """Wait until the checkpoint of this step is begun, or the process ends."""
-    for _ in range(2400):
-        if (output / f"checkpoint-{step}").exists() or process.poll() is not None:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no checkpoint-{step} after two minutes")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -123,7 +91,7 @@ def test_termination_saves_and_stops(folder, whole, tmp_path):
 
 
 def test_two_ranks_resume(folder, tmp_path):
-    arguments = ["streaming=true", "dataloader_num_workers=1", "max_steps=6", "save_steps=3"]
+    arguments = setting_flags(streaming=True, dataloader_num_workers=1, max_steps=6, save_steps=3)
     start_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
     expected = result(tmp_path / "run")
     assert expected[0][0]["num_rows"] > 20

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy
 
 logger = logging.getLogger(__name__)
 
@@ -149,23 +149,42 @@ class StopSignal:
 
 
 class StopCallback(TrainerCallback):
-    """Save and stop once all ranks have agreed to; and tell how far a run without epochs has come, after a resume too.
+    """Save and stop once all ranks have agreed to.
 
     Args:
         agreed (`Callable`): tells whether they have.
-        has_epochs (`bool`): the loader has an end, and the trainer counts how often it is reached.
     """
 
-    def __init__(self, agreed, has_epochs):
-        self._agreed, self._has_epochs = agreed, has_epochs
+    def __init__(self, agreed):
+        self._agreed = agreed
 
     def on_step_end(self, args, state, control, **kwargs):
         """See [`~transformers.TrainerCallback`] for `args`, `state`, `control` and `kwargs`."""
-        if not self._has_epochs:
-            state.epoch = state.global_step / state.max_steps
         if self._agreed():
             logger.warning("Stopping at step %d, as a signal asked for; a checkpoint is saved.", state.global_step)
             control.should_save = control.should_training_stop = True
+        return control
+
+
+class EpochCallback(TrainerCallback):
+    """Epochs of a run whose loader has no end: how far it has come, and what is to be done after each.
+
+    Args:
+        steps_per_epoch (`float`): optimisation steps of one epoch.
+    """
+
+    def __init__(self, steps_per_epoch):
+        self._steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """See [`~transformers.TrainerCallback`] for `args`, `state`, `control` and `kwargs`."""
+        state.epoch = state.global_step / self._steps_per_epoch
+        is_over = int(state.epoch) > int((state.global_step - 1) / self._steps_per_epoch)
+        # The stock loop takes the last one for the end of its only epoch.
+        if is_over and state.global_step < state.max_steps:
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
         return control
 
 
@@ -180,6 +199,7 @@ def _sync(path):
 __all__ = [
     "MARKER",
     "REJECTED",
+    "EpochCallback",
     "RejectedRows",
     "StopCallback",
     "StopSignal",

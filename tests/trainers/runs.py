@@ -1,0 +1,48 @@
+"""Training runs in processes of their own, which tests kill."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+
+def start(program, folder, output, **settings):
+    """Start `python program FOLDER OUTPUT name=value ...`, with JSON values."""
+    return subprocess.Popen(
+        [sys.executable, program, str(folder), str(output), *setting_flags(**settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # Signals go to the whole group, workers included, as a scheduler sends them.
+        start_new_session=True,
+    )
+
+
+def setting_flags(**settings):
+    """Return settings as such a program takes them."""
+    return [f"{name}={json.dumps(value)}" for name, value in settings.items()]
+
+
+def finish(process):
+    """Wait for the end of a run, and return what it said."""
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+def wait_for(process, output, step):
+    """Wait until the checkpoint of this step is begun, or the process ends."""
+    for _ in range(2400):
+        if (output / f"checkpoint-{step}").exists() or process.poll() is not None:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no checkpoint-{step} after two minutes")
+
+
+def result(output):
+    """Return logs, weights and rejected rows of a finished run."""
+    curve = json.loads((output / "curve.json").read_text())
+    rejected = sorted(json.loads(line).items() for line in (output / "rejected.jsonl").read_text().splitlines())
+    return curve, (output / "final" / "model.safetensors").read_bytes(), rejected

@@ -65,7 +65,7 @@ def compute(wrapper, setting, folder, model=None):
     has_images = [any("pixel_values" in column for column in features)]
     assert has_images == [rank == 0]
     labels = {
-        "negatives_mask": batch["label"],
+        **batch["label"],
         "positive_hash": torch.tensor([content_hash(row["positive"]) for row in rows]),
         "negative_hash": torch.tensor([[content_hash(row[name]) for name in COLUMNS[2:]] for row in rows]),
     }

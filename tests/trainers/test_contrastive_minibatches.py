@@ -138,7 +138,7 @@ def loss_and_gradients(model, rows, **settings):
     names = list(rows[0])
     features = [{key[len(name) + 1 :]: batch[key] for key in batch if key.startswith(f"{name}_")} for name in names]
     hashes = {"positive_hash": torch.arange(6) % 5, "negative_hash": torch.arange(6 * (len(names) - 2)).view(6, -1)}
-    loss = InfoNCELoss(model, symmetric=True, **settings)(features, {"negatives_mask": batch["label"], **hashes})
+    loss = InfoNCELoss(model, symmetric=True, **settings)(features, {**batch["label"], **hashes})
     # As accumulation over two batches scales it.
     (loss / 2).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}

@@ -21,6 +21,22 @@ def sum_in_float32(accelerator):
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
+def shard_by_layer(accelerator, model):
+    """Let FSDP share weights layer by layer where the trained model does not say what its layers are.
+
+    A `SentenceTransformer` names none, so that accelerate would make one unit of everything, and fetch all weights at
+    once.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): changed in place, before a model is prepared; left alone without
+            FSDP, or where its settings name the layers.
+        model (`PreTrainedModel`): knows its layers.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(model._no_split_modules)
+
+
 @contextmanager
 def whole_weights(accelerator):
     """Let Trainer save one whole file instead of the parts of every rank, as checkpoints of FSDP may be.
@@ -77,4 +93,4 @@ def without_copies(model, state_dict):
     return {name: tensor for name, tensor in state_dict.items() if tied.get(name) not in state_dict}
 
 
-__all__ = ["own_class", "sum_in_float32", "whole_weights", "without_copies"]
+__all__ = ["own_class", "shard_by_layer", "sum_in_float32", "whole_weights", "without_copies"]

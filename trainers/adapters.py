@@ -136,7 +136,7 @@ def load_adapters(model, folder):
     if differing:
         raise ValueError(
             f"The adapters in {folder} are not those of this run: {len(differing)} weights are missing, unexpected or "
-            f"of another shape, {differing[0]} for one. Go on with the settings (lora_*, use_dora) that it was saved with."
+            f"of another shape, {differing[0]} for one. Go on with the settings it was saved with."
         )
     set_peft_model_state_dict(model, saved)
 

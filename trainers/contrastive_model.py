@@ -87,9 +87,8 @@ def save_sentence_transformer(
     transformer = model[0]
     trained = transformer.model
     with ExitStack() as stack:
-        # FSDP2 gives modules classes of its own, whose names would be saved: the model, the last normalisation.
-        for module in (model, *model, trained):
-            stack.enter_context(own_class(module))
+        # FSDP2 gives the model a class of its own, whose name would be saved.
+        stack.enter_context(own_class(model))
         if merge and is_adapted(trained):
             transformer.model = merge_adapters(trained)
             stack.callback(setattr, transformer, "model", trained)

@@ -39,8 +39,8 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
 
     Checkpoints and the final folder are `SentenceTransformer` folders that hold the MoCa model and its processor.
     With adapters (`add_embedding_adapters`) checkpoints hold these alone, with FSDP parts, and the final folder a whole
-    model. They carry no rows of the training data: the stock trainer would copy training images and texts into `assets/`
-    and the model card. Source: MoCa, arXiv 2506.23115, section 3.2.
+    model. They carry no rows of the training data: the stock trainer would copy training images and texts into
+    `assets/` and the model card. Source: MoCa, arXiv 2506.23115, section 3.2.
 
     Rows that cannot be used are counted, and listed in `rejected.jsonl`; `data_report.json` says by data set what was
     found and used. Both lie in the output folder. A run that is resumed goes on bit for bit, with the same number of
@@ -61,7 +61,8 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
     Raises:
         ValueError: for missing or unknown columns, a task smaller than a global batch, too many bad rows, streamed data
             sets without max_steps, several devices in one process, adapters where ranks share weights, or an
-            accelerate configuration that splits or dispatches batches. In training: for a checkpoint of other data, ranks or workers.
+            accelerate configuration that splits or dispatches batches. In training: for a checkpoint of other data,
+            ranks or workers.
 
     Example:
         >>> trainer = ContrastiveTrainer(model, ContrastiveConfig("output"), {"captions": captions, "pages": pages})
@@ -103,7 +104,7 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
                 f"dispatch_batches={self.accelerator.dispatch_batches}."
             )
         self._begin_sharding(model[0].model)
-        shard_by_layer(self.accelerator, model[0].model)
+        shard_by_layer(self.accelerator, model)
         self._begin_resumable()
         if mixture is not None:
             self.add_callback(EpochCallback(self._schedule.steps_per_epoch))

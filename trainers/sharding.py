@@ -22,19 +22,23 @@ def sum_in_float32(accelerator):
 
 
 def shard_by_layer(accelerator, model):
-    """Let FSDP share weights layer by layer where the trained model does not say what its layers are.
+    """Let FSDP share the weights of a sentence-transformers model layer by layer.
 
-    A `SentenceTransformer` names none, so that accelerate would make one unit of everything, and fetch all weights at
-    once.
+    Such a model does not name its layers, so that accelerate would fetch all weights at once; and accelerate takes the
+    module `Normalize`, which has no weights, for the last norm of a language model.
 
     Args:
-        accelerator ([`~accelerate.Accelerator`]): changed in place, before a model is prepared; left alone without
-            FSDP, or where its settings name the layers.
-        model (`PreTrainedModel`): knows its layers.
+        accelerator ([`~accelerate.Accelerator`]): changed in place, before a model is prepared; layers that its
+            settings name stay.
+        model ([`~sentence_transformers.SentenceTransformer`]): left alone without FSDP.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-        plugin.transformer_cls_names_to_wrap = list(model._no_split_modules)
+    if plugin is None:
+        return
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(model.transformers_model._no_split_modules)
+    # Where accelerate looks for norms.
+    model.base_model_prefix = "transformers_model"
 
 
 @contextmanager

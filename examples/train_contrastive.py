@@ -6,12 +6,19 @@
 Settings come from the YAML file; flags override them and unknown keys are errors. The fields are those of
 `trainers.PairMixtureConfig` (the data), trl's `ModelConfig` and `trainers.ContrastiveConfig`. The output folder is a
 sentence-transformers model; `examples/export.py` publishes it.
+
+With `--use_peft true` only adapters in the language model learn (LoRA; with `--use_dora true` DoRA); checkpoints hold
+these alone, and the output folder the whole, merged model. `--load_in_4bit true` or `--load_in_8bit true` keep the
+other weights quantised meanwhile: that needs bitsandbytes.
 """
 
 import logging
+from dataclasses import dataclass, field
 
-from trl import ModelConfig, TrlParser
+from transformers import set_seed
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from trainers.adapters import add_embedding_adapters
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_mixture import PairMixture, as_columns, prompts_of
 from trainers.contrastive_sources import PairMixtureConfig
@@ -20,20 +27,44 @@ from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_tran
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class ScriptArguments(ModelConfig):
+    """What this script itself needs: the model to start from, and its adapters."""
+
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules that get adapters: the end of their names, or a regular expression of whole names; the "
+            "linear maps of the language model's layers when not set."
+        },
+    )
+    lora_task_type: str | None = field(
+        default=None, metadata={"help": "Must stay unset: this is none of peft's tasks."}
+    )
+
+
 def main():
     """Parse, load, train, save."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     mixture, model_args, training_args = TrlParser(
-        (PairMixtureConfig, ModelConfig, ContrastiveConfig)
+        (PairMixtureConfig, ScriptArguments, ContrastiveConfig)
     ).parse_args_and_config()
+    # New adapters are drawn by chance.
+    set_seed(training_args.seed)
+    # float32 weights by default; bf16 in the training arguments computes in bfloat16 on top of them.
+    model_kwargs = {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation}
+    # Trainer decides where the model goes; quantised weights are made where they stay.
+    device = "cpu"
+    if (quantization := get_quantization_config(model_args)) is not None:
+        if not model_args.use_peft:
+            raise ValueError("Quantised weights do not learn: load_in_4bit and load_in_8bit need use_peft, got False.")
+        device = str(training_args.device)
+        model_kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
     model = build_sentence_transformer(
-        model_args.model_name_or_path,
-        max_length=training_args.max_length,
-        # float32 weights by default; bf16 in the training arguments computes in bfloat16 on top of them.
-        model_kwargs={"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation},
-        # Trainer decides where the model goes.
-        device="cpu",
+        model_args.model_name_or_path, max_length=training_args.max_length, model_kwargs=model_kwargs, device=device
     )
+    if (peft_config := get_peft_config(model_args)) is not None:
+        add_embedding_adapters(model, peft_config)
     # The first process of each machine prepares the cache that the others read.
     with training_args.main_process_first(desc="loading the data"):
         train = PairMixture(

@@ -17,7 +17,7 @@ from transformers import AutoConfig, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_moca import MoCaForPreTraining, MoCaProcessor
-from trainers.cpt_adapters import NEW_MODULES, add_adapters
+from trainers.adapters import NEW_MODULES, add_adapters
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixture, CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer

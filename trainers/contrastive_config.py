@@ -51,6 +51,12 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
             Another row's positive, or negative, with the same content as the row's own positive is not its negative.
             `False`: it is (the authors' released code).
 
+        > Model
+
+        freeze_vision (`bool`, *optional*, defaults to `False`):
+            Keep the vision tower as it is; what maps its output to the language model goes on learning. With adapters
+            (`add_embedding_adapters`; in examples/train_contrastive.py `use_peft` and trl's `lora_*`) only these learn.
+
         > Data
 
         task_alpha (`float`, *optional*, defaults to `1.0`):
@@ -117,6 +123,9 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
     mask_equal_positives: bool = field(
         default=True,
         metadata={"help": "A candidate equal to the row's positive is no negative; False: it is (released code)."},
+    )
+    freeze_vision: bool = field(
+        default=False, metadata={"help": "Do not train the vision tower, only what maps its output."}
     )
     task_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}

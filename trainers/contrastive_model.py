@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from torch import Tensor
 from transformers import AutoConfig
 
 from modeling_moca import MoCaConfig
+
+from .adapters import is_adapted, merge_adapters
+from .sharding import own_class
 
 _POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
 
@@ -62,3 +68,34 @@ def build_sentence_transformer(
         transformer.processor.max_length = max_length
     pooling = Pooling(config.hidden_size, pooling_mode=_POOLING_MODES[config.pooling])
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+
+
+def save_sentence_transformer(
+    model: SentenceTransformer,
+    folder: str | os.PathLike,
+    state_dict: dict[str, Tensor] | None = None,
+    merge: bool = False,
+) -> None:
+    """Save a `SentenceTransformer` that stage 2 trained, also one whose weights ranks share.
+
+    Args:
+        model: what `build_sentence_transformer` returns, as the trainer made it.
+        folder: where to.
+        state_dict: the model's whole weights by name, where the model itself holds parts only.
+        merge: put adapters into the weights; else a model with adapters leaves them alone, without the other weights.
+    """
+    transformer = model[0]
+    trained = transformer.model
+    with ExitStack() as stack:
+        # FSDP2 gives the model a class of its own, whose name would be saved.
+        stack.enter_context(own_class(model))
+        if merge and is_adapted(trained):
+            transformer.model = merge_adapters(trained)
+            stack.callback(setattr, transformer, "model", trained)
+        elif state_dict:
+            prefix = next(name for name, module in model.named_modules() if module is trained) + "."
+            weights = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+            # The module saves its model without being told of weights.
+            trained.save_pretrained = partial(trained.save_pretrained, state_dict=weights)
+            stack.callback(delattr, trained, "save_pretrained")
+        model.save_pretrained(str(folder), create_model_card=False)

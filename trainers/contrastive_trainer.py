@@ -14,7 +14,9 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import Trainer
 
+from .adapters import freeze_vision_tower, is_adapted, load_adapters
 from .batch_loader import make_loader
 from .checkpoints import EpochCallback
 from .contrastive_config import ContrastiveConfig
@@ -22,20 +24,23 @@ from .contrastive_data import ContrastiveDataCollator, order_columns
 from .contrastive_loader import COUNTS, PairBatches
 from .contrastive_loss import InfoNCELoss
 from .contrastive_mixture import PairMixture, prompts_of
-from .contrastive_model import build_sentence_transformer
+from .contrastive_model import build_sentence_transformer, save_sentence_transformer
 from .contrastive_sampler import OrderedBatches
 from .contrastive_schedule import MIXED, BatchSchedule
 from .resumable import ResumableMixin
+from .sharding import shard_by_layer
+from .whole_model import WholeModelMixin
 
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
+class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` with task-aware global batches, exact gradients over ranks, and losses by task.
 
     Checkpoints and the final folder are `SentenceTransformer` folders that hold the MoCa model and its processor.
-    They carry no rows of the training data: the stock trainer would copy training images and texts into `assets/`
-    and the model card. Source: MoCa, arXiv 2506.23115, section 3.2.
+    With adapters (`add_embedding_adapters`) checkpoints hold these alone, with FSDP parts, and the final folder a whole
+    model. They carry no rows of the training data: the stock trainer would copy training images and texts into
+    `assets/` and the model card. Source: MoCa, arXiv 2506.23115, section 3.2.
 
     Rows that cannot be used are counted, and listed in `rejected.jsonl`; `data_report.json` says by data set what was
     found and used. Both lie in the output folder. A run that is resumed goes on bit for bit, with the same number of
@@ -55,8 +60,9 @@ class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
 
     Raises:
         ValueError: for missing or unknown columns, a task smaller than a global batch, too many bad rows, streamed data
-            sets without max_steps, several devices in one process, or an accelerate configuration that splits or
-            dispatches batches. In training: for a checkpoint of other data, ranks or workers.
+            sets without max_steps, several devices in one process, adapters where ranks share weights, or an
+            accelerate configuration that splits or dispatches batches. In training: for a checkpoint of other data,
+            ranks or workers.
 
     Example:
         >>> trainer = ContrastiveTrainer(model, ContrastiveConfig("output"), {"captions": captions, "pages": pages})
@@ -88,6 +94,8 @@ class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
             args.max_steps = self._schedule.max_steps
             # The readers go on where they stopped; there is nothing to skip.
             args.ignore_data_skip = True
+        if args.freeze_vision:
+            freeze_vision_tower(model[0].model)
         super().__init__(model, args, mixture, _by_task(eval_dataset, "eval"), loss, **kwargs)
         if self.accelerator.split_batches or self.accelerator.dispatch_batches:
             raise ValueError(
@@ -95,6 +103,8 @@ class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
                 f"would mix tasks; got split_batches={self.accelerator.split_batches}, "
                 f"dispatch_batches={self.accelerator.dispatch_batches}."
             )
+        self._begin_sharding(model[0].model)
+        shard_by_layer(self.accelerator, model)
         self._begin_resumable()
         if mixture is not None:
             self.add_callback(EpochCallback(self._schedule.steps_per_epoch))
@@ -281,6 +291,15 @@ class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No callback: it puts rows of the training data into the model card and its assets."""
 
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        if is_adapted(self.model[0].model):
+            load_adapters(self.model[0].model, checkpoint_path)
+        elif self.is_fsdp_enabled:
+            # The one of sentence-transformers reads whole weights only.
+            Trainer._load_from_checkpoint(self, checkpoint_path, model)
+        else:
+            super()._load_from_checkpoint(checkpoint_path)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # With DeepSpeed every rank comes here, and the first one writes.
         if not self.args.should_save:
@@ -288,7 +307,7 @@ class ContrastiveTrainer(ResumableMixin, SentenceTransformerTrainer):
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         os.makedirs(output_dir, exist_ok=True)
         logger.info("Saving model checkpoint to %s", output_dir)
-        self.model.save_pretrained(output_dir, create_model_card=False)
+        save_sentence_transformer(self.model, output_dir, state_dict, merge=self._saves_whole)
         # As JSON, not as the usual pickle: the folder is meant to be published.
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:
             file.write(self.args.to_json_string())

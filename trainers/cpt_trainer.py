@@ -5,23 +5,23 @@ import time
 
 import torch
 from transformers import Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from .adapters import freeze_vision_tower, is_adapted, merge_adapters
 from .batch_loader import make_loader
 from .checkpoints import EpochCallback
-from .cpt_adapters import freeze_vision_tower, is_adapted, merge_adapters
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
 from .cpt_counts import NAMES, FlopsMeter, StepCounts
 from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
-from .cpt_sharding import own_class, sum_in_float32, whole_weights, without_copies
 from .masking import IGNORE_INDEX
 from .resumable import ResumableMixin
+from .sharding import own_class, without_copies
+from .whole_model import WholeModelMixin
 
 
-class CPTTrainer(ResumableMixin, Trainer):
+class CPTTrainer(ResumableMixin, WholeModelMixin, Trainer):
     """Train [`MoCaForPreTraining`] to reconstruct masked tokens and patches (paper section 3.1).
 
     Both losses are means over all tokens and all patches hidden in one optimisation step, over gradient accumulation
@@ -108,12 +108,7 @@ class CPTTrainer(ResumableMixin, Trainer):
         if args.freeze_vision:
             freeze_vision_tower(model)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
-        if is_adapted(model) and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()):
-            raise ValueError(
-                "Adapters need whole weights on every rank: use plain data parallelism or ZeRO-2, or train all weights."
-            )
-        sum_in_float32(self.accelerator)
-        self._merges_adapters = False
+        self._begin_sharding(model)
         sources = None if self._mixture is None else [source.label for source in self._mixture.sources]
         self._counts = StepCounts(model.config.num_patches_per_token, sources)
         self._begin_resumable()
@@ -229,28 +224,10 @@ class CPTTrainer(ResumableMixin, Trainer):
             inputs["patch_labels"] = inputs["patch_labels"][: int(inputs["patch_mask"].sum())]
         return inputs
 
-    def save_model(self, output_dir=None, _internal_call=False):
-        """Save a whole MoCa folder, which `from_pretrained` loads, also of weights that ranks share and of adapters.
-
-        Checkpoints during training hold parts, or adapters alone.
-
-        Args:
-            output_dir (`str`, *optional*): where to; the folder of the run when omitted.
-        """
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            return
-        self._merges_adapters = is_adapted(self.model)
-        try:
-            with whole_weights(self.accelerator):
-                super().save_model(output_dir)
-        finally:
-            self._merges_adapters = False
-
     def _save(self, output_dir=None, state_dict=None):
         output_dir = self.args.output_dir if output_dir is None else output_dir
         model = self.model
-        if self._merges_adapters and self.args.should_save:
+        if self._saves_whole and is_adapted(model) and self.args.should_save:
             self.model, state_dict = merge_adapters(model), None
         if state_dict:
             state_dict = without_copies(model, state_dict)

@@ -12,8 +12,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets
+from peft import LoraConfig
+from transformers import set_seed
 
 from tests.trainers.pair_sources import published_rows, write_images, write_pages, write_texts
+from trainers.adapters import add_embedding_adapters
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_mixture import PairMixture
 from trainers.contrastive_sources import PairSource
@@ -50,8 +53,8 @@ def sources(folder, **settings):
     ]
 
 
-def make_trainer(folder, output, streaming=False, trainer_class=ContrastiveTrainer, **settings):
-    """Return a trainer on the mixture of the folder (`Path`)."""
+def make_trainer(folder, output, streaming=False, trainer_class=ContrastiveTrainer, adapters=None, **settings):
+    """Return a trainer on the mixture of the folder (`Path`); with `adapters`, settings of peft, only these learn."""
     settings = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,
@@ -68,6 +71,9 @@ def make_trainer(folder, output, streaming=False, trainer_class=ContrastiveTrain
     }
     config = ContrastiveConfig(output_dir=str(output), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
     model = build_sentence_transformer(folder / "start", device="cpu")
+    if adapters is not None:
+        set_seed(config.seed)
+        add_embedding_adapters(model, LoraConfig(**adapters))
     return trainer_class(model, config, PairMixture(sources(folder), streaming=streaming, seed=config.seed))
 
 
@@ -83,4 +89,4 @@ if __name__ == "__main__":
     trainer.train(resume_from_checkpoint="auto")
     if not trainer.stopped and trainer.is_world_process_zero():
         (Path(sys.argv[2]) / "curve.json").write_text(json.dumps(curve(trainer)))
-        trainer.model.save_pretrained(str(Path(sys.argv[2]) / "final"), create_model_card=False)
+        trainer.save_model(str(Path(sys.argv[2]) / "final"))

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_row
-from trainers.cpt_adapters import add_adapters
+from trainers.adapters import add_adapters
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 

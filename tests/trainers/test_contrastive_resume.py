@@ -16,8 +16,8 @@ from tests.trainers.contrastive_run import make_trainer, write_mixture
 from tests.trainers.runs import finish, result, wait_for
 from trainers.checkpoints import MARKER, last_complete
 
-# Streaming, and workers.
-MODES = [(False, 2), (True, 1)]
+# Streaming, workers, and adapters (settings of peft as JSON) instead of all weights.
+MODES = [(False, 2, None), (True, 1, None), (False, 0, '{"r": 4, "lora_dropout": 0.1, "use_dora": true}')]
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +28,23 @@ def folder(tmp_path_factory):
     return folder
 
 
-def start(folder, output, streaming, workers):
-    program = contrastive_run.__file__
-    return runs.start(program, folder, output, streaming=streaming, dataloader_num_workers=workers)
+def start(folder, output, streaming, workers, adapters):
+    settings = {
+        "streaming": streaming,
+        "dataloader_num_workers": workers,
+        "adapters": adapters and json.loads(adapters),
+    }
+    return runs.start(contrastive_run.__file__, folder, output, **settings)
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
     """Results of runs that nobody disturbed."""
-    processes = {mode: start(folder, folder / f"whole-{mode}", *mode) for mode in MODES}
-    for process in processes.values():
+    outputs = {mode: folder / f"whole-{number}" for number, mode in enumerate(MODES)}
+    processes = [start(folder, output, *mode) for mode, output in outputs.items()]
+    for process in processes:
         finish(process)
-    return {mode: result(folder / f"whole-{mode}") for mode in MODES}
+    return {mode: (*result(output), (output / "data_report.json").read_text()) for mode, output in outputs.items()}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -54,12 +59,13 @@ def test_killed_at_a_random_point(folder, whole, tmp_path, mode):
     assert process.returncode == -signal.SIGKILL, f"over before it was killed, {point}"
     finish(start(folder, tmp_path, *mode))
     curve, weights, rejected = result(tmp_path)
-    expected_curve, expected_weights, expected_rejected = whole[mode]
+    expected_curve, expected_weights, expected_rejected, expected_report = whole[mode]
     assert curve == expected_curve, point
     assert len(curve) == 4 and weights == expected_weights, point
     assert rejected == expected_rejected and len(rejected) == 2, point
-    reports = [json.loads((output / "data_report.json").read_text()) for output in (tmp_path, folder / f"whole-{mode}")]
-    assert reports[0] == reports[1]
+    assert (tmp_path / "data_report.json").read_text() == expected_report
+    checkpoint = Path(last_complete(tmp_path))
+    assert (checkpoint / "adapter_model.safetensors").exists() == (mode[2] is not None)
 
 
 def test_termination_saves_and_stops(folder, whole, tmp_path):
@@ -75,7 +81,7 @@ def test_termination_saves_and_stops(folder, whole, tmp_path):
     shutil.copytree(stopped_at, tmp_path / "checkpoint-11")
     (tmp_path / "checkpoint-11" / MARKER).unlink()
     assert "checkpoint-11 is not whole" in finish(start(folder, tmp_path, *mode))
-    assert result(tmp_path) == whole[mode]
+    assert result(tmp_path) == whole[mode][:3]
 
 
 def test_a_finished_run_is_not_trained_further(folder, tmp_path):

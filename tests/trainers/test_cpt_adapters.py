@@ -11,8 +11,8 @@ from tests.families import FAMILIES, family_backbone
 from tests.modeling_moca.batches import interleaved_batch, masked_batch
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_rows
-from trainers import cpt_trainer
-from trainers.cpt_adapters import add_adapters, freeze_vision_tower, language_model_layers, merge_adapters
+from trainers import whole_model
+from trainers.adapters import add_adapters, freeze_vision_tower, language_model_layers, merge_adapters
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
@@ -155,7 +155,7 @@ def test_adapters_go_where_they_should():
 
 
 def test_adapters_are_refused_where_ranks_share_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpt_trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(whole_model, "is_deepspeed_zero3_enabled", lambda: True)
     make_trainer(tmp_path, make_model())
     with pytest.raises(ValueError, match="Adapters need whole weights on every rank"):
         make_trainer(tmp_path, add_adapters(make_model(), LoraConfig(r=4)))

@@ -21,6 +21,26 @@ def sum_in_float32(accelerator):
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
+def shard_by_layer(accelerator, model):
+    """Let FSDP share the weights of a sentence-transformers model layer by layer.
+
+    Such a model does not name its layers, so that accelerate would fetch all weights at once; and accelerate takes the
+    module `Normalize`, which has no weights, for the last norm of a language model.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]): changed in place, before a model is prepared; layers that its
+            settings name stay.
+        model ([`~sentence_transformers.SentenceTransformer`]): left alone without FSDP.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = list(model.transformers_model._no_split_modules)
+    # Where accelerate looks for norms.
+    model.base_model_prefix = "transformers_model"
+
+
 @contextmanager
 def whole_weights(accelerator):
     """Let Trainer save one whole file instead of the parts of every rank, as checkpoints of FSDP may be.
@@ -77,4 +97,4 @@ def without_copies(model, state_dict):
     return {name: tensor for name, tensor in state_dict.items() if tied.get(name) not in state_dict}
 
 
-__all__ = ["own_class", "sum_in_float32", "whole_weights", "without_copies"]
+__all__ = ["own_class", "shard_by_layer", "sum_in_float32", "whole_weights", "without_copies"]

@@ -16,8 +16,9 @@ import yaml
 from .contrastive_mixture import PairMixture
 from .contrastive_rows import open_side
 from .mining_config import MiningConfig
+from .mining_corpus import Corpus, find, positive_scores, unique
 from .mining_embeddings import EmbeddingStore, model_fingerprint, processor_of
-from .mining_rows import HashedRows, hash_rows, read_side, rejection, write_rows
+from .mining_rows import hash_rows, read_side, rejection, write_rows
 from .mining_search import REFUSALS, blocks, search_negatives
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class NegativeMiner:
         self._hashed_documents = [
             self._hash(self.documents, index) for index in range(len(self.documents.sources) if self.documents else 0)
         ]
-        self._rejected = [row for hashed in (*self.hashed, *self._hashed_documents) for row in hashed.rejected]
+        self._rejected = [row for hashed in self._hashed_documents for row in hashed.rejected]
         names = ("num_negatives", "range_min", "absolute_margin", "relative_margin")
         report = {name: getattr(self.config, name) for name in names}
         report |= {"model": self.config.model_name_or_path, "datasets": {}}
@@ -78,7 +79,9 @@ class NegativeMiner:
             report["datasets"][source.task] = entry = self._mine_source(index)
             logger.info("data set %s: %s", source.task, entry)
         _write_text(self.output / "mining_report.json", json.dumps(report, indent=2) + "\n")
-        _write_text(self.output / "rejected.jsonl", "".join(json.dumps(row) + "\n" for row in self._rejected))
+        # A document of `corpus` is met once a data set.
+        lines = dict.fromkeys(json.dumps(row) + "\n" for row in self._rejected)
+        _write_text(self.output / "rejected.jsonl", "".join(lines))
         _write_text(self.output / "datasets.yaml", yaml.safe_dump({"datasets": self._entries()}, sort_keys=False))
         return report
 
@@ -93,16 +96,20 @@ class NegativeMiner:
         entry = {"file": self.files[index], "rows": len(self.pairs.loaded[index])}
         if not len(hashed.rows):
             raise ValueError(f"Data set {source.task!r} has no row that can be used: see {hashed.rejected[:1]}.")
-        query_keys, first_rows, query_of_row = _unique(hashed.query_keys)
+        query_keys, first_rows, query_of_row = unique(hashed.query_keys)
         queries = self._store(self.pairs, index, hashed.rows[first_rows], query_keys, 0, source)
         corpus = self._corpus(index)
         # What was found broken only when it was opened.
-        unusable = np.isin(query_of_row, list(queries.rejected)) | ~corpus.readable[corpus.find(hashed.positive_keys)]
-        for row, query, key in zip(
-            *(array[unusable] for array in (hashed.rows, query_of_row, corpus.find(hashed.positive_keys)))
+        positives = corpus.find(hashed.positive_keys)
+        unusable = np.isin(query_of_row, list(queries.rejected)) | ~corpus.readable[positives]
+        rejected = list(hashed.rejected)
+        for row, query, positive in zip(
+            *(array[unusable].tolist() for array in (hashed.rows, query_of_row, positives))
         ):
-            reason, message = queries.rejected.get(int(query)) or corpus.reason(int(key))
-            self._rejected.append(rejection(source, int(row), reason, message))
+            reason, message = queries.rejected.get(query) or corpus.reason(positive)
+            rejected.append(rejection(source, row, reason, message))
+        self._rejected += rejected + corpus.rejected()
+        entry["rejected_rows"] = dict(sorted(Counter(row["reason"] for row in rejected).items()))
         rows, query_of_row = hashed.rows[~unusable], query_of_row[~unusable]
         own = self._own_pairs(query_keys, corpus)
         found = self._search(queries, query_keys, own, corpus, np.unique(query_of_row))
@@ -122,12 +129,10 @@ class NegativeMiner:
         return entry | self._count(index, rows, query_of_row, chosen, found, corpus)
 
     def _count(self, index, rows, query_of_row, chosen, found, corpus):
-        task = self.pairs.sources[index].task
         num_rows, missing, _, cut = self.pairs.checked[index].tally
         per_row = (chosen >= 0).sum(1)
         scores = found["scores"][query_of_row]
         return {
-            "rejected_rows": dict(sorted(Counter(r["reason"] for r in self._rejected if r["dataset"] == task).items())),
             "written_rows": len(rows),
             "given_negatives_left_out": num_rows * self.pairs.sources[index].num_negatives - missing + cut,
             "different_queries": len(np.unique(query_of_row)),
@@ -173,12 +178,12 @@ class NegativeMiner:
 
     def _corpus(self, index):
         source = self.pairs.sources[index]
-        corpus = _Corpus()
+        corpus = Corpus()
         groups = [(self.pairs, index, self.hashed[index])]
         groups += [(self.documents, number, hashed) for number, hashed in enumerate(self._hashed_documents)]
         for mixture, number, hashed in groups:
             if len(hashed.rows):
-                keys, first_rows, _ = _unique(hashed.positive_keys)
+                keys, first_rows, _ = unique(hashed.positive_keys)
                 rows = hashed.rows[first_rows]
                 corpus.add(self._store(mixture, number, rows, keys, 1, source), mixture, number, rows, keys)
         corpus.finish()
@@ -186,7 +191,7 @@ class NegativeMiner:
 
     def _own_pairs(self, query_keys, corpus):
         """Return pairs of query and document, int64 of shape [2, P], ordered by query, from all data sets."""
-        queries = _find(query_keys, np.concatenate([hashed.query_keys for hashed in self.hashed]))
+        queries = find(query_keys, np.concatenate([hashed.query_keys for hashed in self.hashed]))
         documents = corpus.find(np.concatenate([hashed.positive_keys for hashed in self.hashed]))
         both = (queries >= 0) & (documents >= 0)
         return np.unique(np.stack([queries[both], documents[both]]), axis=1)
@@ -204,7 +209,7 @@ class NegativeMiner:
             vectors = queries.take(block).to(device)  # [Q, d]
             mine = own[:, np.isin(own[0], block)]
             pairs = (torch.from_numpy(np.searchsorted(block, mine[0])), torch.from_numpy(mine[1]))
-            positive_scores = _positive_scores(vectors, *pairs, corpus)
+            least_scores = positive_scores(vectors, *pairs, corpus)
             (with_equal,) = np.nonzero(equal_documents[block] >= 0)
             equal = (torch.from_numpy(with_equal), torch.from_numpy(equal_documents[block][with_equal]))
             found = search_negatives(
@@ -213,14 +218,14 @@ class NegativeMiner:
                 torch.from_numpy(corpus.readable),
                 pairs,
                 equal,
-                positive_scores,
+                least_scores,
                 config.num_negatives,
                 config.range_min,
                 config.absolute_margin,
                 config.relative_margin,
             )
             result["positions"][block], result["scores"][block] = found.positions.numpy(), found.scores.numpy()
-            result["positive_scores"][block] = positive_scores.cpu().numpy()
+            result["positive_scores"][block] = least_scores.cpu().numpy()
             for reason, number in found.num_refused.items():
                 result["refused"][reason] += number
             result["skipped"] += found.num_skipped
@@ -237,89 +242,6 @@ class NegativeMiner:
             entry |= {name: getattr(source, name) for name in kept if getattr(source, name) is not None}
             entries.append(entry if source.distinct_positives else entry | {"distinct_positives": False})
         return entries
-
-
-class _Corpus:
-    """Different documents of several data sets, one after another."""
-
-    def __init__(self):
-        self._parts, self.keys = [], np.empty(0, dtype=np.int64)
-
-    def add(self, store, mixture, index, rows, keys):
-        """Append those documents of a data set that are not there yet."""
-        new = np.flatnonzero(~np.isin(keys, self.keys))
-        self._parts.append((len(self.keys), store, mixture, index, rows, new))
-        self.keys = np.concatenate([self.keys, keys[new]])
-
-    def finish(self):
-        """Prepare for questions."""
-        self._starts = np.array([start for start, *_ in self._parts])
-        self.readable = np.ones(len(self.keys), dtype=bool)
-        for start, store, _, _, _, new in self._parts:
-            self.readable[start : start + len(new)] = ~np.isin(new, list(store.rejected))
-
-    def find(self, keys):
-        """Return the positions of documents, -1 where there is none."""
-        return _find(self.keys, keys)
-
-    def _place(self, position):
-        start, *part, new = self._parts[int(np.searchsorted(self._starts, position, side="right")) - 1]
-        return (*part, int(new[position - start]))
-
-    def reason(self, position):
-        """Return why a document is unreadable."""
-        store, *_, number = self._place(position)
-        return store.rejected[number]
-
-    def side(self, position):
-        """Return a document, {"text", "images"}."""
-        _, mixture, index, rows, number = self._place(position)
-        return read_side(mixture, index, int(rows[number]), 1)
-
-    def take(self, positions):
-        """Return unit vectors, float32 of shape [len(positions), d]; positions ascend."""
-        vectors = []
-        for start, store, *_, new in self._parts:
-            here = positions[(positions >= start) & (positions < start + len(new))]
-            if len(here):
-                vectors.append(store.take(new[here - start]))
-        return torch.cat(vectors)
-
-    def read(self, start, stop):
-        """Return unit vectors of a block."""
-        return self.take(np.arange(start, stop))
-
-
-def _positive_scores(vectors, rows, documents, corpus):
-    """Return the cosine of each query's least similar readable positive, float32 of shape [Q]."""
-    readable = torch.from_numpy(corpus.readable)[documents]
-    rows, documents = rows[readable].to(vectors.device), documents[readable]
-    different, inverse = documents.unique(return_inverse=True)
-    scores = vectors.new_full((len(vectors),), torch.inf)
-    # A part at a time: queries with very many positives.
-    for part in torch.arange(len(different)).split(4096):
-        positives = corpus.take(different[part].numpy()).to(vectors.device)
-        here = (inverse >= part[0]) & (inverse <= part[-1])
-        chosen = (vectors[rows[here.to(rows.device)]] * positives[(inverse[here] - part[0]).to(rows.device)]).sum(-1)
-        scores.scatter_reduce_(0, rows[here.to(rows.device)], chosen, "amin")
-    return scores
-
-
-def _unique(keys):
-    """Return different keys in the order in which they first appear, where that is, and which of them each key is."""
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return keys[first[order]], first[order], rank[inverse]
-
-
-def _find(keys, wanted):
-    """Return where each wanted key is among different keys, -1 where it is not."""
-    order = np.argsort(keys)
-    places = np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)
-    positions = order[places]
-    return np.where(keys[positions] == wanted, positions, -1)
 
 
 def _mean(values):

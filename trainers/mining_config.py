@@ -93,7 +93,7 @@ class MiningConfig:
 
 def _documents(entry):
     """Return an entry of `corpus` as a source whose queries are its documents: nobody reads them."""
-    unused = [name for name in ("query_instruction", "document_instruction", "negatives", "num_negatives", "weight")]
+    unused = ("query_instruction", "document_instruction", "negatives", "num_negatives", "weight")
     given = [name for name in unused if entry.get(name) is not None]
     if given:
         raise ValueError(f"An entry of `corpus` has only documents, its `positive` side: remove {given}.")

@@ -50,7 +50,7 @@ class HashedRows:
 def hash_rows(rows: datasets.Dataset, source: PairSource, num_proc: int | None = None) -> HashedRows:
     """Hash the sides of all rows; images by their bytes, wherever they are.
 
-    Files are read anew each time: their content may have changed since the last run, and one picture may have two paths.
+    Files are read anew each time: they may have changed since the last run, and one picture may have two paths.
 
     Args:
         rows: the rows, undecoded.

@@ -61,13 +61,12 @@ def search_negatives(
     # Thresholds as sentence-transformers computes them: a share of the absolute value, so that a negative cosine works.
     positive_scores = positive_scores.to(device)[:, None]  # [Q, 1]
     best = torch.full((num_queries, keep), torch.iinfo(torch.int64).min, device=device)  # [Q, keep]
+    margins = (absolute_margin, relative_margin)
     for start, block in corpus:
         scores = queries @ block.to(device).T  # [Q, C]
         admissible = torch.ones_like(scores, dtype=torch.bool)
         for reason in REFUSALS:
-            bad = _refuse(
-                reason, scores, start, readable, own, equal, positive_scores, absolute_margin, relative_margin
-            )
+            bad = _refuse(reason, scores, start, readable, own, equal, positive_scores, *margins)
             if bad is None:
                 continue
             refused[reason] += int((bad & admissible).sum())

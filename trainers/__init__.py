@@ -10,6 +10,8 @@ _EXPORTS = {
     "ContrastiveDataCollator": "contrastive_data",
     "ContrastiveTrainer": "contrastive_trainer",
     "InfoNCELoss": "contrastive_loss",
+    "MiningConfig": "mining_config",
+    "NegativeMiner": "mining",
     "PairMixture": "contrastive_mixture",
     "PairMixtureConfig": "contrastive_sources",
     "PairSource": "contrastive_sources",

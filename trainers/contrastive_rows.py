@@ -125,12 +125,23 @@ def open_pair(pair: Pair, processor: Any = None) -> list[dict[str, Any] | None]:
     names = ["query", "positive", *(f"negative {number}" for number in range(1, len(pair.sides) - 1))]
     wanted = [True, True, *pair.negatives_mask]
     return [
-        _open_side(side, pair.source, f"{pair.place}, {name}", processor) if is_wanted else None
+        open_side(side, pair.source, f"{pair.place}, {name}", processor) if is_wanted else None
         for side, name, is_wanted in zip(pair.sides, names, wanted)
     ]
 
 
-def _open_side(side, source, place, processor):
+def open_side(side: dict[str, Any], source: PairSource, place: str, processor: Any = None) -> dict[str, Any]:
+    """Decode a side's images, and return it as sentence-transformers takes it: {"image", "text"}.
+
+    Args:
+        side: {"text", "images"}.
+        source: the data set it is of.
+        place: which side of which row, for messages.
+        processor: see `open_pair`.
+
+    Raises:
+        BadRowError: an image does not open, or does not fit.
+    """
     opened, sizes = [], []
     for number, image in enumerate(side["images"]):
         where = f"{place}: image {number}"
@@ -152,4 +163,4 @@ def _open_side(side, source, place, processor):
     return result
 
 
-__all__ = ["BAD_PAIR_REASONS", "TALLY", "Pair", "content_hash", "make_pair", "open_pair"]
+__all__ = ["BAD_PAIR_REASONS", "TALLY", "Pair", "content_hash", "make_pair", "open_pair", "open_side"]

@@ -13,10 +13,11 @@ from .checkpoints import EpochCallback
 from .cpt_adapters import freeze_vision_tower, is_adapted, merge_adapters
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
-from .cpt_counts import NAMES, FlopsMeter, StepCounts
+from .cpt_counts import NAMES, StepCounts
 from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
 from .cpt_sharding import own_class, sum_in_float32, whole_weights, without_copies
+from .flops import FlopsMeter
 from .masking import IGNORE_INDEX
 from .resumable import ResumableMixin
 

@@ -29,7 +29,7 @@ def make_trainer(folder, **settings):
 @pytest.mark.parametrize("packing", [False, True])
 def test_speed_padding_and_flops_are_logged(tmp_path, monkeypatch, packing):
     # A device of 10^6 FLOPs a second.
-    monkeypatch.setattr(trainers_flops, "peak_flops", lambda device: 1e6)
+    monkeypatch.setattr("trainers.flops.peak_flops", lambda device: 1e6)
     trainer = make_trainer(tmp_path, packing=packing)
     seen = []
     compute_loss = trainer.compute_loss

@@ -16,7 +16,10 @@ from trainers.contrastive_trainer import ContrastiveTrainer
 
 
 def train(mode, folder):
-    """Take three steps of plain SGD on batches of text and of images; leave the losses and the model in the folder."""
+    """Take three steps of plain SGD on batches of text and of images, with evaluation in between.
+
+    The losses, what evaluation found and the model are left in the folder.
+    """
     world_size = 1 if mode == "whole" else 2
     config = arguments(
         folder / mode,
@@ -26,14 +29,20 @@ def train(mode, folder):
         optim="sgd",
         learning_rate=0.05,
         max_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        metric_for_best_model="ndcg_at_10",
     )
     assert config.world_size == world_size, f"{config.world_size} ranks run, not {world_size}"
-    trainer = ContrastiveTrainer(build(folder / "start"), config, {"texts": texts_task(16), "mixed": mixed_task(16)})
+    data, dev_sets = [{"texts": texts_task(rows), "mixed": mixed_task(rows)} for rows in (16, 9)]
+    trainer = ContrastiveTrainer(build(folder / "start"), config, data, dev_sets)
     trainer.train()
     trainer.save_model(str(folder / mode))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_ndcg_at_10" in entry]
     if trainer.is_world_process_zero():
-        (folder / f"{mode}.json").write_text(json.dumps(losses))
+        (folder / f"{mode}.json").write_text(json.dumps([losses, evaluations]))
 
 
 if __name__ == "__main__":

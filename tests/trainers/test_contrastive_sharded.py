@@ -17,8 +17,13 @@ def test_two_ranks_equal_one_process(mode, tmp_path):
     save_checkpoint(tmp_path / "start")
     start_two_ranks(contrastive_sharded.__file__, mode, tmp_path)
     contrastive_sharded.train("whole", tmp_path)
-    losses, expected = (json.loads((tmp_path / f"{name}.json").read_text()) for name in (mode, "whole"))
+    found, whole_run = (json.loads((tmp_path / f"{name}.json").read_text()) for name in (mode, "whole"))
+    (losses, evaluations), (expected, expected_evaluations) = found, whole_run
     assert len(expected) == 3 and losses == pytest.approx(expected, rel=1e-5)
+    # In the middle and at the end.
+    assert len(evaluations) == len(expected_evaluations) == 2
+    for evaluation, ours in zip(evaluations, expected_evaluations):
+        assert evaluation == pytest.approx(ours, abs=1e-6) and 0 < ours["eval_ndcg_at_10"] < 1
     weights, whole = (load_file(tmp_path / name / "model.safetensors") for name in (mode, "whole"))
     start = load_file(tmp_path / "start" / "model.safetensors")
     assert weights.keys() == whole.keys()

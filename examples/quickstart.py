@@ -174,11 +174,13 @@ def tune(output, processor, args):
 
 def write_rows(output):
     """Write the first seed's rows as Parquet: the data of the small YAML files in `examples/configs`."""
-    for folder in ("cpt", "pairs"):
+    for folder in ("cpt", "pairs", "pairs/dev"):
         (output / folder).mkdir(exist_ok=True)
     unlabelled_rows("cpt", 0).to_parquet(output / "cpt" / "rows.parquet")
     for task, rows in labelled_pairs("cl", 0).items():
         rows.to_parquet(output / "pairs" / f"{task}.parquet")
+    for task, rows in labelled_pairs("dev", 0).items():
+        rows.to_parquet(output / "pairs" / "dev" / f"{task}.parquet")
 
 
 def search_in_a_fresh_process(model, output):

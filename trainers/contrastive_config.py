@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers, MultiDatasetBatchSamplers
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .contrastive_loss import check_matryoshka
 
@@ -56,6 +57,15 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
         freeze_vision (`bool`, *optional*, defaults to `False`):
             Keep the vision tower as it is; what maps its output to the language model goes on learning. With adapters
             (`add_embedding_adapters`; in examples/train_contrastive.py `use_peft` and trl's `lora_*`) only these learn.
+
+        > Evaluation
+
+        eval_retrieval (`bool`, *optional*, defaults to `True`):
+            Beside the loss of each data set of evaluation, report nDCG@10 and P@1 of finding each query's positive
+            among all different positives and hard negatives of the data set (its `max_rows` bounds them):
+            `eval_<task>_ndcg_at_10` and `eval_<task>_p_at_1`, and the means over tasks, `eval_ndcg_at_10` and
+            `eval_p_at_1`. With `metric_for_best_model="ndcg_at_10"` the best checkpoint is never deleted for
+            `save_total_limit`. The data is embedded a second time.
 
         > Data
 
@@ -127,6 +137,9 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
     freeze_vision: bool = field(
         default=False, metadata={"help": "Do not train the vision tower, only what maps its output."}
     )
+    eval_retrieval: bool = field(
+        default=True, metadata={"help": "Report nDCG@10 and P@1 of retrieval on data sets of evaluation."}
+    )
     task_alpha: float = field(
         default=1.0, metadata={"help": "Exponent of the mixture of tasks: 1 by rows, 0 equally many of each."}
     )
@@ -181,6 +194,12 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value} (ContrastiveConfig).")
+        is_by_steps = self.eval_strategy == IntervalStrategy.STEPS and self.save_strategy == SaveStrategy.STEPS
+        if self.metric_for_best_model is not None and is_by_steps and self.eval_steps != self.save_steps:
+            raise ValueError(
+                f"With metric_for_best_model={self.metric_for_best_model!r} eval_steps must equal save_steps, or the "
+                f"best model may not be saved; got {self.eval_steps} and {self.save_steps} (ContrastiveConfig)."
+            )
         check_matryoshka(self.matryoshka_dims, self.matryoshka_weights, "ContrastiveConfig")
         if (
             self.batch_sampler != BatchSamplers.BATCH_SAMPLER

@@ -39,6 +39,25 @@ def order_columns(column_names: Sequence[str], where: str) -> list[str]:
     return ["query", "positive", *negatives]
 
 
+def source_of_columns(column_names: Sequence[str], task: str, **settings) -> PairSource:
+    """Return the description of rows that a program hands over, in the columns query, positive, negative_1, ...
+
+    Args:
+        column_names: see `order_columns`.
+        task: what the data set is called.
+        settings: passed to `PairSource`.
+
+    Raises:
+        ValueError: for a missing or unknown column.
+    """
+    query, positive, *negatives = order_columns(column_names, task)
+    source = PairSource(
+        task, query=query, positive=positive, negatives=negatives, num_negatives=len(negatives), **settings
+    )
+    source.trusts_paths = True
+    return source
+
+
 @dataclass
 class ContrastiveDataCollator(SentenceTransformerDataCollator):
     """Rows to features: a feature dict a column, and what the loss has to know of the rows under "label".
@@ -55,9 +74,7 @@ class ContrastiveDataCollator(SentenceTransformerDataCollator):
         if not features:
             return {}
         task = features[0].get("dataset_name", "train")
-        query, positive, *negatives = order_columns(list(features[0]), task)
-        source = PairSource(task, query=query, positive=positive, negatives=negatives, num_negatives=len(negatives))
-        source.trusts_paths = True
+        source = source_of_columns(list(features[0]), task)
         pairs = [make_pair(row, source, f"row {index} of the batch") for index, row in enumerate(features)]
         return self.encode(pairs, [open_pair(pair) for pair in pairs], task if "dataset_name" in features[0] else None)
 
@@ -87,6 +104,22 @@ class ContrastiveDataCollator(SentenceTransformerDataCollator):
                 [_padded(pair.negative_hashes, num_negatives, 0) for pair in pairs]
             )  # [B, K]
         return batch
+
+    def encode_column(self, sides: list[dict[str, Any]], column: str, task: str | None) -> dict[str, Any]:
+        """Return the features of one column, as they are in a batch.
+
+        Args:
+            sides: opened sides, see `trainers.contrastive_rows.open_side`.
+            column: "query" or "positive", whose prompt is used.
+            task: see `encode`.
+        """
+        # Prompts go by name and place of a column.
+        rows = [{"query": _PLACEHOLDER, "positive": _PLACEHOLDER, column: side} for side in sides]
+        if task is not None:
+            rows = [{"dataset_name": task, **row} for row in rows]
+        features = super().__call__(rows)
+        prefix = f"{column}_"
+        return {name[len(prefix) :]: value for name, value in features.items() if name.startswith(prefix)}
 
 
 def _padded(values: list, length: int, value: Any) -> list:

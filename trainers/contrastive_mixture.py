@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 
 from .contrastive_columns import image_path
-from .contrastive_data import order_columns
+from .contrastive_data import source_of_columns
 from .contrastive_rows import TALLY, Pair, make_pair
 from .contrastive_sources import PairSource
 from .row_images import BadRowError
@@ -113,17 +113,7 @@ class PairMixture:
                     f"Data set {task!r} must be a datasets.Dataset, whose rows can be counted and drawn by task, got "
                     f"{type(rows).__name__}. For streams see PairMixture."
                 )
-            query, positive, *negatives = order_columns(rows.column_names, task)
-            source = PairSource(
-                task,
-                query=query,
-                positive=positive,
-                negatives=negatives,
-                num_negatives=len(negatives),
-                distinct_positives=distinct_positives,
-            )
-            source.trusts_paths = True
-            sources.append(source)
+            sources.append(source_of_columns(rows.column_names, task, distinct_positives=distinct_positives))
             is_own_format = rows.format["type"] == "custom"
             loaded.append(rows if is_own_format else rows.with_format("arrow"))
         return cls(sources, seed=seed, rows=loaded)

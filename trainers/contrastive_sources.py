@@ -157,7 +157,7 @@ class PairMixtureConfig(DatasetMixtureConfig):
 
     Args:
         datasets (`list[PairSource]`): data sets to train on.
-        eval_datasets (`list[PairSource]`, *optional*): data sets of the evaluation loss.
+        eval_datasets (`list[PairSource]`, *optional*): dev sets: their loss, and retrieval among their rows.
     """
 
     datasets: list[PairSource] = field(
@@ -165,7 +165,7 @@ class PairMixtureConfig(DatasetMixtureConfig):
         metadata={"help": "Data sets to train on; see trainers.contrastive_sources.PairSource."},
     )
     eval_datasets: list[PairSource] = field(
-        default_factory=list, metadata={"help": "Data sets of the evaluation loss; entries as in `datasets`."}
+        default_factory=list, metadata={"help": "Dev sets, for loss and retrieval; entries as in `datasets`."}
     )
 
     def __post_init__(self):

@@ -14,19 +14,21 @@ from datasets import Dataset, DatasetDict
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
 from .adapters import freeze_vision_tower, is_adapted, load_adapters
 from .batch_loader import make_loader
 from .checkpoints import EpochCallback
 from .contrastive_config import ContrastiveConfig
 from .contrastive_data import ContrastiveDataCollator, order_columns
+from .contrastive_evaluation import RETRIEVAL_METRICS, RetrievalSet, check_log_names, evaluate_retrieval, log_name
 from .contrastive_loader import COUNTS, PairBatches
 from .contrastive_loss import InfoNCELoss
 from .contrastive_mixture import PairMixture, prompts_of
 from .contrastive_model import build_sentence_transformer, save_sentence_transformer
 from .contrastive_sampler import OrderedBatches
 from .contrastive_schedule import MIXED, BatchSchedule
+from .progress import RateProgressCallback, TokenMeter
 from .resumable import ResumableMixin
 from .sharding import shard_by_layer
 from .whole_model import WholeModelMixin
@@ -54,15 +56,17 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
         train_dataset: a `PairMixture`, or a `datasets.Dataset` a task, by name. Columns: `query`, `positive`, and any
             number of `negative_1`, `negative_2`, ... Values: a text, an image, a dict {"text", "image"}, or None for a
             missing negative.
-        eval_dataset: data sets by task, with these columns; the loss is reported for each.
+        eval_dataset: dev sets by task, with these columns. For each the loss is reported, and with `eval_retrieval`
+            nDCG@10 and P@1 of finding the queries' right answers among all positives and negatives of the dev set.
+            Evaluation draws no random numbers that training would have drawn.
         loss: an `InfoNCELoss` with the settings of `args` when None.
         kwargs: passed to `SentenceTransformerTrainer`.
 
     Raises:
         ValueError: for missing or unknown columns, a task smaller than a global batch, too many bad rows, streamed data
-            sets without max_steps, several devices in one process, adapters where ranks share weights, or an
-            accelerate configuration that splits or dispatches batches. In training: for a checkpoint of other data,
-            ranks or workers.
+            sets without max_steps, tasks that the logs could not tell apart, several devices in one process, an
+            accelerate configuration that splits or dispatches batches, or, where ranks share weights, adapters or
+            `load_best_model_at_end`. In training: for a checkpoint of other data, ranks or workers.
 
     Example:
         >>> trainer = ContrastiveTrainer(model, ContrastiveConfig("output"), {"captions": captions, "pages": pages})
@@ -96,7 +100,18 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
             args.ignore_data_skip = True
         if args.freeze_vision:
             freeze_vision_tower(model[0].model)
-        super().__init__(model, args, mixture, _by_task(eval_dataset, "eval"), loss, **kwargs)
+        self._dev_rows = _by_task(eval_dataset, "eval") or {}
+        self._dev_sets: dict[str, RetrievalSet] = {}
+        check_log_names([*(mixture.tasks if mixture is not None else []), *self._dev_rows])
+        super().__init__(model, args, mixture, self._dev_rows or None, loss, **kwargs)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(RateProgressCallback)
+        if args.load_best_model_at_end and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                "load_best_model_at_end puts whole weights into the model, which ranks here share: leave it unset "
+                "under FSDP and DeepSpeed. With metric_for_best_model the best checkpoint is kept all the same "
+                "(ContrastiveTrainer)."
+            )
         if self.accelerator.split_batches or self.accelerator.dispatch_batches:
             raise ValueError(
                 "ContrastiveTrainer needs accelerator_config with split_batches and dispatch_batches unset, or ranks "
@@ -172,6 +187,7 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
         counts = np.array(batch["data"]["counts"])
         self._data_counts += counts
         self._step_counts += counts.sum(0)
+        self._meter.add(self.collect_features(batch["inputs"])[0])
         return batch["inputs"]
 
     def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> None:
@@ -217,7 +233,7 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
         return outputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean loss of each task and kind since the last log, rows per second, and counts of the run so far."""
+        """Add loss by task and kind, rates and padding since the last log, and counts of the run so far."""
         if "loss" in logs and self.is_in_train:
             totals = self.accelerator.reduce(self._task_totals, "sum").cpu()  # [T, 3]
             # From the same sums: the stock one starts anew when a run is resumed between two logs.
@@ -231,12 +247,16 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
                     logs[f"loss_of_kind/{kind}"] = _mean(rows)
             elapsed = time.perf_counter() - self._totals_since
             logs["rows_per_second"] = round(totals[:, 2].sum().item() / elapsed, 2)
+            *numbers, flops = self._meter.totals
+            numbers = self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
+            flops = self.accelerator.reduce(torch.tensor(flops, device=self.args.device), "sum").item()
+            logs |= self._meter.logs([*numbers, flops], elapsed, self.args.world_size)
             counts = dict(zip(COUNTS, self._write_data_report().sum(0).tolist()))
             logs["skipped_rows"] = counts["num_rejected_rows"]
             logs["masked_negatives"] = counts["num_missing_negatives"] + counts["num_negatives_equal_to_positive"]
             self._reset_task_totals()
             self._write_rejected()
-        super().log(logs, start_time)
+        super().log({log_name(name): value for name, value in logs.items()}, start_time)
 
     def _write_data_report(self) -> np.ndarray:
         """Write what was found and used so far, and return the counts over all ranks."""
@@ -261,16 +281,26 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
         # [T, (loss, steps, rows)]
         self._task_totals = torch.zeros(len(self._tasks), 3, device=self.accelerator.device)
         self._totals_since = time.perf_counter()
+        limits = (self.loss.max_rows, self.loss.max_tokens) if isinstance(self.loss, InfoNCELoss) else ()
+        # Anew, since what is trained may have been changed.
+        self._meter = TokenMeter(self.model[0].model, self.args.device, *limits)
 
     def _data_settings(self) -> dict[str, Any]:
         return {} if self._schedule is None else self._schedule.settings()
 
     def _run_totals(self) -> dict[str, Any]:
-        return {"task_totals": self._task_totals.tolist(), "data_counts": self._data_counts.tolist()}
+        return {
+            "task_totals": self._task_totals.tolist(),
+            "data_counts": self._data_counts.tolist(),
+            "token_totals": self._meter.totals,
+            "seconds": time.perf_counter() - self._totals_since,
+        }
 
     def _load_run_totals(self, state: dict[str, Any]) -> None:
         self._task_totals += torch.tensor(state["task_totals"], device=self._task_totals.device)
         self._data_counts += np.array(state["data_counts"], dtype=int)
+        self._meter.totals = state["token_totals"]
+        self._totals_since -= state["seconds"]
         # Those that were found in the beginning are in the file.
         self._rejected = []
 
@@ -280,11 +310,52 @@ class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTra
         self._write_data_report()
         return output
 
-    def evaluate(self, eval_dataset: Any = None, *args, **kwargs) -> dict[str, float]:
-        """See `transformers.Trainer.evaluate`; data sets by task are checked and named as those of training are."""
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = DatasetDict(_by_task(eval_dataset, "eval"))
-        return super().evaluate(eval_dataset, *args, **kwargs)
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """See `transformers.Trainer.evaluate`; data sets by task are checked and named as those of training are.
+
+        Returns:
+            `eval_<task>_loss`, and with `eval_retrieval` `eval_<task>_ndcg_at_10` and `eval_<task>_p_at_1`, and their
+            means over tasks, `eval_ndcg_at_10` and `eval_p_at_1`.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, Mapping):
+            # The stock method comes back here for each of several data sets.
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        by_task = self._dev_rows
+        if eval_dataset is not None:
+            by_task = _by_task(eval_dataset, "eval")
+            eval_dataset = DatasetDict(by_task)
+        start = time.perf_counter()
+        # The loaders of evaluation draw seeds.
+        with torch.random.fork_rng(devices=[self.args.device] if self.args.device.type == "cuda" else []):
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if self.args.eval_retrieval and by_task:
+                metrics |= self._evaluate_retrieval(by_task, metric_key_prefix)
+        # Rates are those of training.
+        self._totals_since += time.perf_counter() - start
+        return metrics
+
+    def _evaluate_retrieval(self, by_task: dict[str, Dataset], prefix: str) -> dict[str, float]:
+        """Log nDCG@10 and P@1 of each task and their means."""
+        found = {}
+        for task, rows in by_task.items():
+            dev_set = self._dev_sets.get(task) if by_task is self._dev_rows else None
+            dev_set = dev_set or RetrievalSet(rows, task)
+            if by_task is self._dev_rows:
+                self._dev_sets[task] = dev_set
+            found[task] = evaluate_retrieval(self, dev_set)
+        metrics = {f"{prefix}_{task}_{name}": value for task, entry in found.items() for name, value in entry.items()}
+        for name in RETRIEVAL_METRICS.values():
+            metrics[f"{prefix}_{name}"] = sum(entry[name] for entry in found.values()) / len(found)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_best_model(self) -> None:
+        # The stock method logs what goes wrong, and hands over the last model for the best.
+        logger.info("Loading the best model, of %s.", self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # Checkpoints.
 

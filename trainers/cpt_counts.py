@@ -1,9 +1,8 @@
-"""What is counted in every step of stage 1: targets, tokens, rows, bad rows by data set and reason, and FLOPs."""
+"""What is counted in every step of stage 1: targets, tokens, rows, and bad rows by data set and reason."""
 
 import torch
 
 from .cpt_rows import BAD_ROW_REASONS
-from .flops import frozen_parts, peak_flops, step_flops
 from .masking import IGNORE_INDEX
 
 NAMES = (
@@ -112,49 +111,4 @@ class StepCounts:
         return named
 
 
-class FlopsMeter:
-    """Model FLOPs of this rank's batches, and their share of what its device could do.
-
-    Args:
-        model ([`MoCaForPreTraining`]): may be wrapped by peft; which parts are trained is looked at now.
-        device (`torch.device`): where it runs.
-    """
-
-    def __init__(self, model, device):
-        self._config = model.config
-        # Of backbones that take tiles they are not known.
-        self._known = self._config.pixel_layout == "rows"
-        self._frozen = frozen_parts(model) if self._known else ()
-        self._peak = peak_flops(device)
-        self.total = 0.0
-
-    def add(self, batch):
-        """Add those of one masked batch (`dict`), finished or not: cheapest while it is on the host."""
-        if not self._known:
-            return
-        mask = batch.get("attention_mask")
-        lengths = batch["cu_seq_lens"].diff() if mask is None else mask.sum(-1)
-        grids = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else ()
-        num_chosen = int((batch["labels"] != IGNORE_INDEX).sum())
-        num_image_tokens = int(batch["patch_mask"].sum()) if "patch_mask" in batch else 0
-        self.total += step_flops(self._config, lengths.tolist(), grids, num_chosen, num_image_tokens, self._frozen)
-
-    def logs(self, total, seconds, num_devices):
-        """Return what is logged.
-
-        Args:
-            total (`float`): FLOPs of all ranks.
-            seconds (`float`): time they took.
-            num_devices (`int`): devices that shared the work.
-
-        Returns:
-            `dict`: `tflops_per_device`, 10^12 FLOPs a second; on GPUs whose peak is known `mfu`, the model FLOPs
-            utilisation, from 0 to 1. Empty for backbones whose FLOPs are not known.
-        """
-        if not self._known:
-            return {}
-        rate = total / max(seconds, 1e-9) / num_devices
-        return {"tflops_per_device": rate / 1e12, **({"mfu": rate / self._peak} if self._peak else {})}
-
-
-__all__ = ["NAMES", "FlopsMeter", "StepCounts"]
+__all__ = ["NAMES", "StepCounts"]

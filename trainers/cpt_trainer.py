@@ -12,9 +12,10 @@ from .batch_loader import make_loader
 from .checkpoints import EpochCallback
 from .cpt_collator import CPTCollator
 from .cpt_config import CPTConfig
-from .cpt_counts import NAMES, FlopsMeter, StepCounts
+from .cpt_counts import NAMES, StepCounts
 from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
+from .flops import FlopsMeter
 from .masking import IGNORE_INDEX
 from .resumable import ResumableMixin
 from .sharding import own_class, without_copies

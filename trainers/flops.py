@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
+from .masking import IGNORE_INDEX
+
 # Dense bf16 FLOPs a second, from the vendor's data sheets (half of what they print "with sparsity").
 _PEAK_FLOPS = {
     r"\bB200\b": 2250e12,
@@ -106,17 +108,18 @@ def frozen_parts(model) -> set[str]:
     """Return which parts of a model are not trained, for [`step_flops`].
 
     Args:
-        model ([`MoCaForPreTraining`]): may be wrapped by peft.
+        model ([`MoCaForPreTraining`] or [`MoCaModel`]): may be wrapped by peft.
 
     Returns:
         `set` of `"vision"`, `"merger"` and `"text"`: the vision tower, what maps its output to the language model, and
         the language model, where most of their weights are not trained (with LoRA, whose own products are not counted).
     """
-    tower = model.moca.backbone.get_encoder(modality="image")
+    moca = getattr(model, "moca", model)
+    tower = moca.backbone.get_encoder(modality="image")
     parts = {
         "vision": [parameter for name, parameter in tower.named_parameters() if "merger" not in name],
         "merger": [parameter for name, parameter in tower.named_parameters() if "merger" in name],
-        "text": list(model.moca.language_model.parameters()),
+        "text": list(moca.language_model.parameters()),
     }
     frozen = set()
     for part, parameters in parts.items():
@@ -124,6 +127,52 @@ def frozen_parts(model) -> set[str]:
         if 2 * num_trained < sum(parameter.numel() for parameter in parameters):
             frozen.add(part)
     return frozen
+
+
+class FlopsMeter:
+    """Model FLOPs of this rank's batches, and their share of what its device could do.
+
+    Args:
+        model ([`MoCaForPreTraining`] or [`MoCaModel`]): may be wrapped by peft. Which parts are trained is looked at
+            now.
+        device (`torch.device`): where it runs.
+    """
+
+    def __init__(self, model, device):
+        self._config = model.config
+        # Of backbones that take tiles they are not known.
+        self._known = self._config.pixel_layout == "rows"
+        self._frozen = frozen_parts(model) if self._known else ()
+        self._peak = peak_flops(device)
+        self.total = 0.0
+
+    def add(self, batch):
+        """Add those of one batch (`dict`), masked, finished or not, or without labels: cheapest while on the host."""
+        if not self._known:
+            return
+        mask = batch.get("attention_mask")
+        lengths = batch["cu_seq_lens"].diff() if mask is None else mask.sum(-1)
+        grids = batch["image_grid_thw"].tolist() if "image_grid_thw" in batch else ()
+        num_chosen = int((batch["labels"] != IGNORE_INDEX).sum()) if "labels" in batch else 0
+        num_image_tokens = int(batch["patch_mask"].sum()) if "patch_mask" in batch else 0
+        self.total += step_flops(self._config, lengths.tolist(), grids, num_chosen, num_image_tokens, self._frozen)
+
+    def logs(self, total, seconds, num_devices):
+        """Return what is logged.
+
+        Args:
+            total (`float`): FLOPs of all ranks.
+            seconds (`float`): time they took.
+            num_devices (`int`): devices that shared the work.
+
+        Returns:
+            `dict`: `tflops_per_device`, 10^12 FLOPs a second; on GPUs whose peak is known `mfu`, the model FLOPs
+            utilisation, from 0 to 1. Empty for backbones whose FLOPs are not known.
+        """
+        if not self._known:
+            return {}
+        rate = total / max(seconds, 1e-9) / num_devices
+        return {"tflops_per_device": rate / 1e12, **({"mfu": rate / self._peak} if self._peak else {})}
 
 
 def _text_layer(text, tokens, pairs):
@@ -165,4 +214,4 @@ def _squares(length, side):
     return length // side * side**2 + (length % side) ** 2
 
 
-__all__ = ["frozen_parts", "peak_flops", "step_flops"]
+__all__ = ["FlopsMeter", "frozen_parts", "peak_flops", "step_flops"]

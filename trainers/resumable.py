@@ -101,6 +101,17 @@ class ResumableMixin:
             )
         self.accelerator.wait_for_everyone()
 
+    def _finalize_training(self, *args, **kwargs):
+        if not self.stopped:
+            return super()._finalize_training(*args, **kwargs)
+        # The run goes on from its last checkpoint, which the stock loop would delete beside a better one.
+        settings = self.args.load_best_model_at_end, self.args.save_total_limit
+        self.args.load_best_model_at_end, self.args.save_total_limit = False, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.load_best_model_at_end, self.args.save_total_limit = settings
+
     def _run_state_name(self):
         return f"run_state_{self.args.process_index}.json"
 

@@ -90,6 +90,9 @@ def arguments(output_folder, **kwargs):
     return ContrastiveConfig(output_dir=str(output_folder), **{**defaults, **kwargs})
 
 
+RETRIEVAL_NAMES = ("ndcg_at_10", "p_at_1")
+
+
 class GradientRecorder(TrainerCallback):
     """Keep the gradients of every step."""
 
@@ -119,7 +122,7 @@ def run(model_folder, output_folder, global_batch_size, world_size, **settings):
     """Train one epoch in float64.
 
     Returns:
-        The logs, the gradients of every step, the tasks of this rank's batches, and the loss on 10 other rows.
+        The logs, the gradients of every step, the tasks of this rank's batches, and what evaluation finds.
     """
     model = build(model_folder, model_kwargs={"dtype": torch.float64})
     recorder = GradientRecorder()
@@ -140,7 +143,9 @@ def run(model_folder, output_folder, global_batch_size, world_size, **settings):
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     # One full global batch and a partial one of two rows.
-    evaluation = trainer.evaluate({"texts": texts_task(10)})["eval_texts_loss"]
+    metrics = trainer.evaluate({"texts": texts_task(10), "mixed": mixed_task(9)})
+    names = ["eval_texts_loss", *(f"eval_{task}_{name}" for task in ("texts", "mixed") for name in RETRIEVAL_NAMES)]
+    evaluation = {name: metrics[name] for name in names}
     return history, recorder.steps, trainer.tasks_seen[: len(history)], evaluation
 
 

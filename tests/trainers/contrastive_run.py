@@ -80,7 +80,8 @@ def make_trainer(folder, output, streaming=False, trainer_class=ContrastiveTrain
 def curve(trainer):
     """Return what is logged in training, without what depends on the clock."""
     logged = [entry for entry in trainer.state.log_history if "rows_per_second" in entry]
-    return [{name: value for name, value in entry.items() if name != "rows_per_second"} for entry in logged]
+    clocked = ("rows_per_second", "tokens_per_second", "tflops_per_device")
+    return [{name: value for name, value in entry.items() if name not in clocked} for entry in logged]
 
 
 if __name__ == "__main__":

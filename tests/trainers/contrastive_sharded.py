@@ -22,7 +22,14 @@ from trainers.contrastive_trainer import ContrastiveTrainer
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "max_steps": 3}
 SCENARIOS = {
-    "plain": SGD,
+    # With evaluation in between.
+    "plain": {
+        **SGD,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "metric_for_best_model": "ndcg_at_10",
+    },
     "cached": {
         **SGD,
         "mini_batch_tokens": 40,
@@ -60,7 +67,7 @@ class Watch(TrainerCallback):
 
 
 def train(mode, folder, scenario="plain", resume=None):
-    """Take a few steps on batches of text and of images; leave the losses and the model in the folder."""
+    """Take a few steps on batches of text and of images; leave losses, evaluations and the model in the folder."""
     world_size = 1 if mode == "whole" else 2
     output = folder / mode / (scenario if resume is None else f"{scenario}_again")
     config = arguments(
@@ -71,14 +78,16 @@ def train(mode, folder, scenario="plain", resume=None):
     )
     assert config.world_size == world_size, f"{config.world_size} ranks run, not {world_size}"
     tasks = {"texts": texts_task(16), "mixed": mixed_task(16), "one_image": one_image_task()}
+    dev_sets = {"texts": texts_task(9), "mixed": mixed_task(9)} if scenario == "plain" else None
     watch = Watch()
-    trainer = ContrastiveTrainer(build(folder / "start"), config, tasks, callbacks=[watch])
+    trainer = ContrastiveTrainer(build(folder / "start"), config, tasks, dev_sets, callbacks=[watch])
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     entries = [entry for entry in trainer.state.log_history if "rows_per_second" in entry]
     result = {
         "losses": [entry["loss"] for entry in entries],
         "gradient_norms": [entry["grad_norm"] for entry in entries],
+        "evaluations": [entry for entry in trainer.state.log_history if "eval_ndcg_at_10" in entry],
         "tasks": [name for entry in entries for name in entry if name.startswith("loss_")],
         "parameters": watch.parameters,
         "layers": watch.layers,

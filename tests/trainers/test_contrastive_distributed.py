@@ -50,7 +50,12 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path, name):
     records = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
     losses = [entry["loss"] for entry in history]
     assert [entry["loss"] for entry in records[0]["history"]] == pytest.approx(losses, abs=2e-4)  # rounded by Trainer
-    assert records[0]["evaluation"] == pytest.approx(evaluation, abs=1e-6)
+    assert records[0]["evaluation"] == pytest.approx(evaluation, abs=1e-6) and len(evaluation) == 5
+    assert records[0]["evaluation"] == records[1]["evaluation"]
+    # Tokens and padding are those of both ranks.
+    for entry, ours in zip(records[0]["history"], history):
+        assert entry["tokens_per_second"] > 0
+        assert entry["padding"] == pytest.approx(ours["padding"], abs=0.2)
     # Every global batch is of one task, both tasks occur, and the ranks agree.
     assert records[0]["tasks"] == records[1]["tasks"] == tasks
     assert len(tasks) == 4 and set(tasks) == ({None} if name == "reference" else {"texts", "mixed"})

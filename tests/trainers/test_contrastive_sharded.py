@@ -34,6 +34,10 @@ def check(folder, mode, scenario, rel=1e-5, atol=1e-5):
     assert result["losses"] == pytest.approx(expected["losses"], rel=rel), scenario
     assert result["gradient_norms"] == pytest.approx(expected["gradient_norms"], rel=10 * rel), scenario
     assert weights.keys() == whole.keys() and all(tensor.dtype == torch.float32 for tensor in weights.values())
+    # In the middle and at the end.
+    assert len(result["evaluations"]) == len(expected["evaluations"]) == (2 if scenario == "plain" else 0)
+    for evaluation, ours in zip(result["evaluations"], expected["evaluations"]):
+        assert evaluation == pytest.approx(ours, abs=1e-6) and 0 < ours["eval_ndcg_at_10"] < 1
     for name, tensor in whole.items():
         frozen = scenario == "cached" and ".visual." in name and ".merger." not in name
         assert torch.equal(tensor, start[f"moca.{name}"]) == frozen, f"{scenario}: {name}"

@@ -361,6 +361,7 @@ def test_example_script(checkpoint, tmp_path):
     }
     history = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_held_out_loss" in entry for entry in history)
+    assert any(0 < entry.get("eval_held_out_ndcg_at_10", 0) <= entry["eval_ndcg_at_10"] for entry in history)
     _, errors = bad.communicate(timeout=120)
     assert bad.returncode != 0
     assert "Unknown arguments from config file" in errors and "temprature" in errors

@@ -9,12 +9,11 @@ from modeling_moca import MoCaForPreTraining
 from tests.families import family_backbone
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_row
-from trainers import cpt_counts
 from trainers.cpt_collator import CPTCollator
 from trainers.cpt_config import CPTConfig
-from trainers.cpt_counts import FlopsMeter, StepCounts
+from trainers.cpt_counts import StepCounts
 from trainers.cpt_trainer import CPTTrainer
-from trainers.flops import step_flops
+from trainers.flops import FlopsMeter, step_flops
 
 
 def make_trainer(folder, **settings):
@@ -30,7 +29,7 @@ def make_trainer(folder, **settings):
 @pytest.mark.parametrize("packing", [False, True])
 def test_speed_padding_and_flops_are_logged(tmp_path, monkeypatch, packing):
     # A device of 10^6 FLOPs a second.
-    monkeypatch.setattr(cpt_counts, "peak_flops", lambda device: 1e6)
+    monkeypatch.setattr("trainers.flops.peak_flops", lambda device: 1e6)
     trainer = make_trainer(tmp_path, packing=packing)
     seen = []
     compute_loss = trainer.compute_loss

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trl import ModelConfig, TrlParser
+from trl import TrlParser
 
 from examples import train_contrastive, train_cpt
 from modeling_moca import MoCaForPreTraining, MoCaModel
@@ -23,6 +23,7 @@ from tests.trainers.cpt_rows import make_rows
 from tests.trainers.test_cpt_trainer import make_model
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_info_nce import info_nce
+from trainers.contrastive_sources import PairMixtureConfig
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer
@@ -41,7 +42,12 @@ CPT_CHOICES = {
     "patch_noise": ("per_patch", "shared"),
     "max_length": (2048, 1280),
 }
-CONTRASTIVE_CHOICES = {"learning_rate": (1e-5, 2e-5), "all_negatives": (True, False), "task_batches": (True, False)}
+CONTRASTIVE_CHOICES = {
+    "learning_rate": (1e-5, 2e-5),
+    "all_negatives": (True, False),
+    "task_batches": (True, False),
+    "mask_equal_positives": (True, False),
+}
 
 
 def cpt_settings(name):
@@ -51,7 +57,7 @@ def cpt_settings(name):
 
 
 def contrastive_settings(name):
-    parser = TrlParser((train_contrastive.ScriptArguments, ModelConfig, ContrastiveConfig))
+    parser = TrlParser((PairMixtureConfig, train_contrastive.ScriptArguments, ContrastiveConfig))
     return parser.parse_args_and_config(["--config", str(CONFIGS / name), "--use_cpu", "true", "--bf16", "false"])[2]
 
 

@@ -25,7 +25,7 @@ COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown"
 SCENARIOS = {
     "plain": {"symmetric": True},
     "cached": {"symmetric": True, "mini_batch_tokens": 40, "matryoshka_dims": [32, 8]},
-    "reference": {"all_negatives": False, "task_batches": False},
+    "reference": {"all_negatives": False, "task_batches": False, "mask_equal_positives": False},
 }
 
 

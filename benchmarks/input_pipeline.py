@@ -3,9 +3,9 @@
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --data "rows/*.parquet" --processor Qwen/Qwen2.5-VL-3B-Instruct --workers 1 2 4
 
-"bare" opens, decodes and resizes every image on one thread, and does nothing else. "pipeline" is everything a worker of
+"bare" opens, decodes and resizes (Pillow) every image on one thread, and does nothing else. "pipeline" is everything a worker of
 the trainer does with the same rows: reading, checking, tokenising, batching by cost, decoding, resizing, choosing
-what is masked. "stock" is bare, with the stock image processor in the place of the resize. With workers, bare runs in
+what is masked; with `--exact_resize` with Pillow too, else with torch's filter. "stock" is bare, with the stock image processor in the place of the resize. With workers, bare runs in
 as many processes. Rows are read again and again for `--seconds`; the best of `--repeats` rounds counts, as others may
 use the machine.
 """
@@ -77,18 +77,19 @@ def bare_in_processes(images, limits, seconds, number):
         return sum(pool.starmap(bare, [(images, limits, seconds)] * number))
 
 
-def pipeline(mixture, processor, num_workers, seconds, max_cost, window):
+def pipeline(mixture, processor, num_workers, seconds, arguments):
     """Return images a second of the trainer's loader, once it is going."""
     torch.set_num_threads(1)
     config = CPTConfig(
         output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         report_to="none",
-        max_cost=max_cost,
-        shuffle_window=window,
+        max_cost=arguments.max_cost,
+        shuffle_window=arguments.window,
         dataloader_num_workers=num_workers,
     )
-    batches = MixtureBatches(mixture, CPTCollator(processor, max_length=2048, on_bad_row="raise"), config)
+    collator = CPTCollator(processor, max_length=2048, on_bad_row="raise", exact_resize=arguments.exact_resize)
+    batches = MixtureBatches(mixture, collator, config)
     loader = iter(make_loader(batches, config))
     # The window is filled, and workers are started, once in a run.
     for _ in range(1 + 3 * num_workers):
@@ -114,6 +115,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--max_cost", type=int, default=12_800, help="cost of a micro-batch")
     parser.add_argument("--window", type=int, default=64, help="rows a reader holds")
+    parser.add_argument("--exact_resize", action="store_true", help="resize with Pillow in the pipeline too")
     arguments = parser.parse_args()
 
     limits = {"min_pixels": arguments.min_tokens * TOKEN_AREA, "max_pixels": arguments.max_tokens * TOKEN_AREA}
@@ -134,7 +136,7 @@ def main():
         rounds = [
             (
                 bare(images, limits, arguments.seconds),
-                pipeline(mixture, processor, 0, arguments.seconds, arguments.max_cost, arguments.window),
+                pipeline(mixture, processor, 0, arguments.seconds, arguments),
                 bare(images, limits, arguments.seconds, processor.image_processor),
             )
             for _ in range(arguments.repeats)
@@ -147,7 +149,7 @@ def main():
             rounds = [
                 (
                     bare_in_processes(images, limits, arguments.seconds, number),
-                    pipeline(mixture, processor, number, arguments.seconds, arguments.max_cost, arguments.window),
+                    pipeline(mixture, processor, number, arguments.seconds, arguments),
                 )
                 for _ in range(arguments.repeats)
             ]

@@ -14,7 +14,7 @@ from transformers.utils import is_vision_available
 
 from .chat_moca import CHAT_TEMPLATE, IMAGE_PAD, PLACEHOLDER, VISION_END, VISION_START, chat_parts
 from .configuration_moca import MoCaConfig
-from .images_moca import open_image, rows_from_bytes, to_bytes
+from .images_moca import open_image, resize_pixels, rows_from_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -394,11 +394,15 @@ class MoCaProcessor(ProcessorMixin):
         encode = self._rows_of_patches if self._layout == "rows" else self._tiles
         return encode(images, {})[0]
 
-    def resize(self, image):
+    def resize(self, image, exact=True):
         """Return a decoded image in the size in which it is cut into patches; only where [`MoCaProcessor.makes_bytes`].
 
         Args:
             image (`PIL.Image.Image`): RGB.
+            exact (`bool`, defaults to `True`): see [`~modeling_moca.images_moca.resize_pixels`].
+
+        Returns:
+            `torch.ByteTensor` of shape `(height, width, 3)`.
         """
         # Here, since the module needs Pillow.
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -406,20 +410,21 @@ class MoCaProcessor(ProcessorMixin):
         size = self.image_processor.size
         limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         height, width = smart_resize(image.height, image.width, factor=self.patch_size * self.merge_size, **limits)
-        return image.resize((width, height), resample=self.image_processor.resample)
+        return resize_pixels(image, height, width, self.image_processor.resample, exact)
 
     def encode_resized(self, images):
         """Return pixels as bytes, to be cut and normalised later by [`~modeling_moca.images_moca.rows_from_bytes`].
 
         Args:
-            images (`list[list[PIL.Image.Image]]`): images of every row, from [`MoCaProcessor.resize`]; at least one.
+            images (`list[list[torch.ByteTensor]]`): images of every row, from [`MoCaProcessor.resize`]; at least one.
 
         Returns:
             `dict`: `pixel_values` of shape `(num_bytes,)` and `image_grid_thw`.
         """
         flat = [image for row_images in images for image in row_images]
-        grids = [(1, image.height // self.patch_size, image.width // self.patch_size) for image in flat]
-        return {"pixel_values": to_bytes(flat), "image_grid_thw": torch.tensor(grids)}
+        grids = [(1, image.shape[0] // self.patch_size, image.shape[1] // self.patch_size) for image in flat]
+        pixels = torch.cat([image.flatten() for image in flat])
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
 
     @property
     def makes_bytes(self):

@@ -338,6 +338,7 @@ def _collator(processor, args):
         seed=args.seed if args.mask_seed is None else args.mask_seed,
         on_bad_row=args.on_bad_row,
         packing=args.packing,
+        exact_resize=args.exact_resize,
         ignored_columns=(args.length_column_name,),
     )
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
+from modeling_moca.images_moca import resize_pixels
 from tests.tiny import IMAGE, tiny_processor, tiny_tokenizer
 from tests.trainers.cpt_rows import encoded_image, make_row, make_rows
 from trainers.cpt_collator import CPTCollator
@@ -62,6 +63,33 @@ def test_restoring_the_targets_gives_the_processors_inputs(processor):
             number += 1
     assert restored == len(batch["patch_labels"]) > 0
     assert torch.equal(pixel_values, plain["pixel_values"])
+
+
+@pytest.mark.parametrize("exact_resize", [True, False])
+def test_resized_pixels_are_those_of_the_stock_image_processor(processor, exact_resize):
+    noise = torch.randint(256, (2, 61, 90, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    smooth = noise[1, ::6, ::6].numpy()
+    images = [Image.fromarray(noise[0].numpy()), Image.fromarray(smooth).resize((150, 40), Image.BICUBIC)]
+    rows = [{"text": IMAGE + "a page", "images": [image]} for image in images]
+    collator = CPTCollator(processor, mae_ratio=0.0, exact_resize=exact_resize)
+    ours = collator(rows)["pixel_values"]
+    stock = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    height, width = processor.image_processor(images=images[:1], return_tensors="pt")["image_grid_thw"][0, 1:].tolist()
+    assert (height * processor.patch_size, width * processor.patch_size) != (61, 90)
+    if exact_resize:
+        assert torch.equal(ours, stock)
+        return
+    level = 1 / 255 / min(processor.image_processor.image_std)
+    difference = (ours - stock).abs()
+    assert 0 < difference.max() <= 2.01 * level
+    assert (difference > 0.01 * level).float().mean() < 0.02
+
+
+def test_filters_that_torch_lacks_are_pillows(processor):
+    image = Image.effect_noise((50, 40), 90).convert("RGB")
+    exact = resize_pixels(image, 56, 84, Image.LANCZOS, exact=True)
+    assert torch.equal(resize_pixels(image, 56, 84, Image.LANCZOS, exact=False), exact)
+    assert not torch.equal(resize_pixels(image, 56, 84, Image.BICUBIC, exact=False), exact)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_moca import MoCaForPreTraining
-from tests.tiny import tiny_backbone, tiny_processor
+from tests.tiny import IMAGE, tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_row, make_rows
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
@@ -91,3 +92,15 @@ def test_compiled(folder, monkeypatch):
     trainer.save_model()
     saved = MoCaForPreTraining.from_pretrained(folder / "compiled")
     assert all(torch.equal(*pair) for pair in zip(saved.parameters(), trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("exact_resize", [True, False])
+def test_images_are_resized_as_the_settings_say(tmp_path, exact_resize):
+    config = CPTConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", exact_resize=exact_resize)
+    model = MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6)
+    trainer = CPTTrainer(model, config, train_dataset=make_rows(2), processing_class=tiny_processor())
+    image = Image.effect_noise((61, 90), 90).convert("RGB")
+    row = trainer.data_collator.prepare({"text": IMAGE, "images": [image]}, "a row")
+    resized = trainer.data_collator.encode([row])[0]["pixel_values"]
+    assert torch.equal(resized, trainer.processing_class.resize(image, exact=exact_resize).flatten())
+    assert not torch.equal(resized, trainer.processing_class.resize(image, exact=not exact_resize).flatten())

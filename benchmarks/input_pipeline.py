@@ -3,11 +3,11 @@
     python benchmarks/input_pipeline.py
     python benchmarks/input_pipeline.py --data "rows/*.parquet" --processor Qwen/Qwen2.5-VL-3B-Instruct --workers 1 2 4
 
-"bare" opens, decodes and resizes (with Pillow) every image on one thread, and does nothing else. "pipeline" is everything
+"bare" opens, decodes and resizes (with Pillow) every image on one thread, and does nothing else. "pipeline" is all that
 a worker of the trainer does with the same rows: reading, checking, tokenising, batching by cost, decoding, resizing
-(with torch's filter, or with `--exact_resize` with Pillow too), choosing what is masked. "stock" is bare, with the stock
-image processor in the place of the resize. With workers, bare runs in as many processes. Rows are read again and again
-for `--seconds`; the best of `--repeats` rounds counts, as others may use the machine.
+(with torch's filter, or with `--exact_resize` with Pillow too), choosing what is masked. "stock" is bare, with the
+stock image processor in the place of the resize. With workers, bare runs in as many processes. Rows are read again and
+again for `--seconds`; the best of `--repeats` rounds counts, as others may use the machine.
 """
 
 import argparse

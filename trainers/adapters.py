@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from dataclasses import fields
 
 from safetensors.torch import load_file
 
@@ -89,15 +90,12 @@ def add_embedding_adapters(model, peft_config):
     >>> add_embedding_adapters(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05))
     ```
     """
-    transformer = model.transformers_model
-    _prepare(peft_config, transformer)
-    # Quantised weights are merged with the checkpoint that they were made from.
-    peft_config.revision = getattr(transformer.config, "_commit_hash", None)
+    _prepare(peft_config, model.transformers_model)
     model.add_adapter(peft_config)
 
 
 def _prepare(peft_config, model):
-    """Refuse a task, and choose the language model's layers if nothing is chosen."""
+    """Refuse a task, choose the language model's layers if nothing is chosen, and note where the weights are from."""
     if peft_config.task_type is not None:
         raise ValueError(
             f"task_type must be None, got {peft_config.task_type!r}: another task's forward would not pass on patch "
@@ -105,6 +103,27 @@ def _prepare(peft_config, model):
         )
     if peft_config.target_modules is None:
         peft_config.target_modules = language_model_layers(model)
+    # Quantised weights are merged with the checkpoint that they were made from.
+    peft_config.revision = getattr(model.config, "_commit_hash", None)
+
+
+def check_adapter_settings(settings):
+    """Refuse settings of adapters and of quantisation that would have no effect.
+
+    Args:
+        settings ([`~trl.ModelConfig`]): what a script was told.
+
+    Raises:
+        ValueError: a `lora_*` setting, `use_dora`, `use_rslora` or a quantisation without `use_peft`; a setting of
+            4-bit weights without `load_in_4bit`.
+    """
+    changed = sorted(field.name for field in fields(settings) if getattr(settings, field.name) != field.default)
+    needs_adapters = [name for name in changed if name.startswith(("lora_", "use_dora", "use_rslora", "load_in_"))]
+    if needs_adapters and not settings.use_peft:
+        raise ValueError(f"{needs_adapters} have no effect without adapters: set use_peft, or leave them out.")
+    needs_4bit = [name for name in changed if name.startswith(("bnb_4bit_", "use_bnb_"))]
+    if needs_4bit and not settings.load_in_4bit:
+        raise ValueError(f"{needs_4bit} have no effect without 4-bit weights: set load_in_4bit, or leave them out.")
 
 
 def is_adapted(model):
@@ -191,6 +210,7 @@ def _merge_layers(model):
 __all__ = [
     "add_adapters",
     "add_embedding_adapters",
+    "check_adapter_settings",
     "freeze_vision_tower",
     "is_adapted",
     "language_model_layers",

@@ -69,6 +69,7 @@ def main():
         revision=model_args.model_revision,
     )
     if (peft_config := get_peft_config(model_args)) is not None:
+        peft_config.revision = model_args.model_revision
         add_embedding_adapters(model, peft_config)
     # The first process of each machine prepares the cache that the others read.
     with training_args.main_process_first(desc="loading the data"):

@@ -114,6 +114,7 @@ def main():
         **quantized,
     )
     if (peft_config := get_peft_config(script_args)) is not None:
+        peft_config.revision = script_args.model_revision
         model = add_adapters(model, peft_config)
 
     with training_args.main_process_first(desc="loading the data"):

@@ -48,7 +48,8 @@ def add_adapters(model, peft_config):
     Args:
         model ([`MoCaForPreTraining`]): its modules are changed in place.
         peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] and `modules_to_save` is
-            `["mae_head"]` when not set; peft puts no adapters inside the latter.
+            `["mae_head"]` when not set; peft puts no adapters inside the latter. Set `revision` to that of a quantised
+            model: it is merged with the checkpoint that it was made from.
 
     Returns:
         [`~peft.PeftModel`], for [`CPTTrainer`].
@@ -78,7 +79,8 @@ def add_embedding_adapters(model, peft_config):
 
     Args:
         model ([`~sentence_transformers.SentenceTransformer`]): changed in place.
-        peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] when not set.
+        peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] when not set. Set `revision`
+            to that of a quantised model: it is merged with the checkpoint that it was made from.
 
     Raises:
         ValueError: a `task_type`: stage 2 has none.
@@ -95,7 +97,7 @@ def add_embedding_adapters(model, peft_config):
 
 
 def _prepare(peft_config, model):
-    """Refuse a task, choose the language model's layers if nothing is chosen, and note where the weights are from."""
+    """Refuse a task, and choose the language model's layers if nothing is chosen."""
     if peft_config.task_type is not None:
         raise ValueError(
             f"task_type must be None, got {peft_config.task_type!r}: another task's forward would not pass on patch "
@@ -103,8 +105,6 @@ def _prepare(peft_config, model):
         )
     if peft_config.target_modules is None:
         peft_config.target_modules = language_model_layers(model)
-    # Quantised weights are merged with the checkpoint that they were made from.
-    peft_config.revision = getattr(model.config, "_commit_hash", None)
 
 
 def check_adapter_settings(settings):

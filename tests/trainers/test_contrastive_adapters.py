@@ -25,7 +25,7 @@ from tests.trainers.contrastive_cases import (
     save_checkpoint,
     texts_task,
 )
-from trainers import whole_model
+from trainers import adapters, whole_model
 from trainers.adapters import add_adapters, add_embedding_adapters, load_adapters, merge_adapters
 from trainers.contrastive_trainer import ContrastiveTrainer
 
@@ -265,12 +265,18 @@ def test_a_revision_is_what_is_trained(hub, tmp_path, monkeypatch):
     assert all(torch.equal(tensor, old[name]) for name, tensor in trained.items())
     assert any(not torch.equal(tensor, main[name]) for name, tensor in trained.items())
 
+    configs = []
+    monkeypatch.setattr(adapters, "add_embedding_adapters", lambda model, config: configs.append(config))
+    run_script(monkeypatch, "org/tiny", tmp_path, *frozen, "--use_peft", "true")
+    assert configs[0].revision == "old"
+
 
 def test_quantised_weights_of_a_revision_are_merged_with_that_one(hub):
     """New adapters change nothing, so that what is merged are the weights of the checkpoint."""
     embedding = build("org/tiny", revision="old")
-    add_embedding_adapters(embedding, LoraConfig(r=4))
-    pretraining = add_adapters(MoCaForPreTraining.from_pretrained("org/tiny", revision="old"), LoraConfig(r=4))
+    add_embedding_adapters(embedding, LoraConfig(r=4, revision="old"))
+    pretraining = MoCaForPreTraining.from_pretrained("org/tiny", revision="old")
+    pretraining = add_adapters(pretraining, LoraConfig(r=4, revision="old"))
     for model, prefix in ((embedding[0].model, "moca."), (pretraining, "")):
         # Stands for quantisation, which leaves no weights to merge with.
         getattr(model, "get_base_model", lambda model=model: model)().is_quantized = True

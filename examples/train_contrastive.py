@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trainers.adapters import add_embedding_adapters
+from trainers.adapters import add_embedding_adapters, check_adapter_settings
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_mixture import PairMixture, as_columns, prompts_of
 from trainers.contrastive_sources import PairMixtureConfig
@@ -49,6 +49,9 @@ def main():
     mixture, model_args, training_args = TrlParser(
         (PairMixtureConfig, ScriptArguments, ContrastiveConfig)
     ).parse_args_and_config()
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is not set: it names the MoCa model to start from, as stage 1 leaves it.")
+    check_adapter_settings(model_args)
     # New adapters are drawn by chance.
     set_seed(training_args.seed)
     # float32 weights by default; bf16 in the training arguments computes in bfloat16 on top of them.
@@ -56,14 +59,17 @@ def main():
     # Trainer decides where the model goes; quantised weights are made where they stay.
     device = "cpu"
     if (quantization := get_quantization_config(model_args)) is not None:
-        if not model_args.use_peft:
-            raise ValueError("Quantised weights do not learn: load_in_4bit and load_in_8bit need use_peft, got False.")
         device = str(training_args.device)
         model_kwargs |= {"quantization_config": quantization, "device_map": {"": device}}
     model = build_sentence_transformer(
-        model_args.model_name_or_path, max_length=training_args.max_length, model_kwargs=model_kwargs, device=device
+        model_args.model_name_or_path,
+        max_length=training_args.max_length,
+        model_kwargs=model_kwargs,
+        device=device,
+        revision=model_args.model_revision,
     )
     if (peft_config := get_peft_config(model_args)) is not None:
+        peft_config.revision = model_args.model_revision
         add_embedding_adapters(model, peft_config)
     # The first process of each machine prepares the cache that the others read.
     with training_args.main_process_first(desc="loading the data"):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from modeling_moca import MoCaForPreTraining, MoCaProcessor
-from trainers.adapters import NEW_MODULES, add_adapters
+from trainers.adapters import NEW_MODULES, add_adapters, check_adapter_settings
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_mixture import CPTMixture, CPTMixtureConfig
 from trainers.cpt_trainer import CPTTrainer
@@ -79,6 +79,7 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     parser = TrlParser((ScriptArguments, CPTMixtureConfig, CPTConfig))
     script_args, mixture, training_args = parser.parse_args_and_config()
+    check_adapter_settings(script_args)
     set_seed(training_args.seed)
 
     name, revision = script_args.model_name_or_path, script_args.model_revision
@@ -97,10 +98,10 @@ def main():
     load_model = MoCaForPreTraining.from_pretrained if is_moca else MoCaForPreTraining.from_backbone
     quantized = {}
     if (quantization := get_quantization_config(script_args)) is not None:
-        if not (is_moca and script_args.use_peft):
+        if not is_moca:
             raise ValueError(
-                f"Quantised weights do not learn, and are not converted: load_in_4bit and load_in_8bit need use_peft, "
-                f"and a MoCa folder (examples/convert.py --for-training), got use_peft={script_args.use_peft}, {name}."
+                f"Quantised weights are not converted: load_in_4bit and load_in_8bit need a MoCa folder "
+                f"(examples/convert.py --for-training), got {name}."
             )
         quantization.llm_int8_skip_modules = [*NEW_MODULES, "mlm_head"]
         quantized["quantization_config"] = quantization
@@ -113,6 +114,7 @@ def main():
         **quantized,
     )
     if (peft_config := get_peft_config(script_args)) is not None:
+        peft_config.revision = script_args.model_revision
         model = add_adapters(model, peft_config)
 
     with training_args.main_process_first(desc="loading the data"):

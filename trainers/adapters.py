@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+from dataclasses import fields
 
 from safetensors.torch import load_file
 
@@ -47,7 +48,8 @@ def add_adapters(model, peft_config):
     Args:
         model ([`MoCaForPreTraining`]): its modules are changed in place.
         peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] and `modules_to_save` is
-            `["mae_head"]` when not set; peft puts no adapters inside the latter.
+            `["mae_head"]` when not set; peft puts no adapters inside the latter. Set `revision` to that of a quantised
+            model: it is merged with the checkpoint that it was made from.
 
     Returns:
         [`~peft.PeftModel`], for [`CPTTrainer`].
@@ -77,7 +79,8 @@ def add_embedding_adapters(model, peft_config):
 
     Args:
         model ([`~sentence_transformers.SentenceTransformer`]): changed in place.
-        peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] when not set.
+        peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] when not set. Set `revision`
+            to that of a quantised model: it is merged with the checkpoint that it was made from.
 
     Raises:
         ValueError: a `task_type`: stage 2 has none.
@@ -89,10 +92,7 @@ def add_embedding_adapters(model, peft_config):
     >>> add_embedding_adapters(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05))
     ```
     """
-    transformer = model.transformers_model
-    _prepare(peft_config, transformer)
-    # Quantised weights are merged with the checkpoint that they were made from.
-    peft_config.revision = getattr(transformer.config, "_commit_hash", None)
+    _prepare(peft_config, model.transformers_model)
     model.add_adapter(peft_config)
 
 
@@ -105,6 +105,25 @@ def _prepare(peft_config, model):
         )
     if peft_config.target_modules is None:
         peft_config.target_modules = language_model_layers(model)
+
+
+def check_adapter_settings(settings):
+    """Refuse settings of adapters and of quantisation that would have no effect.
+
+    Args:
+        settings ([`~trl.ModelConfig`]): what a script was told.
+
+    Raises:
+        ValueError: a `lora_*` setting, `use_dora`, `use_rslora` or a quantisation without `use_peft`; a setting of
+            4-bit weights without `load_in_4bit`.
+    """
+    changed = sorted(field.name for field in fields(settings) if getattr(settings, field.name) != field.default)
+    needs_adapters = [name for name in changed if name.startswith(("lora_", "use_dora", "use_rslora", "load_in_"))]
+    if needs_adapters and not settings.use_peft:
+        raise ValueError(f"{needs_adapters} have no effect without adapters: set use_peft, or leave them out.")
+    needs_4bit = [name for name in changed if name.startswith(("bnb_4bit_", "use_bnb_"))]
+    if needs_4bit and not settings.load_in_4bit:
+        raise ValueError(f"{needs_4bit} have no effect without 4-bit weights: set load_in_4bit, or leave them out.")
 
 
 def is_adapted(model):
@@ -191,6 +210,7 @@ def _merge_layers(model):
 __all__ = [
     "add_adapters",
     "add_embedding_adapters",
+    "check_adapter_settings",
     "freeze_vision_tower",
     "is_adapted",
     "language_model_layers",

@@ -12,6 +12,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from .agreement import raise_together
 from .contrastive_data import source_of_columns
 from .contrastive_minibatches import Column, plan_mini_batches
 from .contrastive_rows import content_hash, make_pair, open_side
@@ -123,8 +124,13 @@ def _embed(trainer, dev_set, places, column):
     parts = []
     trainer.model.eval()
     for begin in range(0, share, args.per_device_eval_batch_size):
-        sides = [dev_set.read(place) for place in own[begin : begin + args.per_device_eval_batch_size]]
-        features = Column(trainer.data_collator.encode_column(sides, column, task), f"{column} of {dev_set.task}")
+        error = None
+        try:
+            sides = [dev_set.read(place) for place in own[begin : begin + args.per_device_eval_batch_size]]
+            features = Column(trainer.data_collator.encode_column(sides, column, task), f"{column} of {dev_set.task}")
+        except ValueError as caught:
+            error = caught
+        raise_together(trainer.accelerator, error, f"Retrieval on {dev_set.task}")
         plan = plan_mini_batches([features], args.mini_batch_size, args.mini_batch_tokens, device)
         order = torch.tensor([row for _, rows in plan for row in rows])
         with torch.no_grad(), trainer.compute_loss_context_manager():

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from .agreement import AgreedBatches
 from .checkpoints import (
     MARKER,
     RejectedRows,
@@ -100,6 +101,15 @@ class ResumableMixin:
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """See [`~transformers.Trainer.evaluation_loop`]; a batch that one rank cannot read ends it on all."""
+        batches = AgreedBatches(dataloader, self.accelerator, f"The data of {metric_key_prefix}")
+        return super().evaluation_loop(batches, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def _determine_best_metric(self, *args, **kwargs):
+        # With save_strategy "best" this alone decides whether an evaluated step is saved, a stop or not.
+        return super()._determine_best_metric(*args, **kwargs) or self.stopped
 
     def _finalize_training(self, *args, **kwargs):
         if not self.stopped:

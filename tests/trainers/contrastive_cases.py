@@ -4,28 +4,33 @@
 
 import json
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import datasets
 import torch
+from peft import LoraConfig
 from PIL import Image
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers import contrastive_run
+from trainers.adapters import add_embedding_adapters
 from trainers.contrastive_config import ContrastiveConfig
+from trainers.contrastive_evaluation import RetrievalSet, evaluate_retrieval
 from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_transformer
 
 WORDS = ("sea", "sky", "page", "picture", "tide", "harbour", "night", "lamp", "boat", "rope", "sand", "gull")
 COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown", "pink", "gray", "cyan", "orange")
 
 
-# The last one: how the authors' released code puts its batches together, and which negatives it counts.
+# The third one: how the authors' released code puts its batches together, and which negatives it counts.
 SCENARIOS = {
     "plain": {"symmetric": True},
     "cached": {"symmetric": True, "mini_batch_tokens": 40, "matryoshka_dims": [32, 8]},
     "reference": {"all_negatives": False, "task_batches": False, "mask_equal_positives": False},
+    "adapters": {"adapters": {"r": 4}, "mini_batch_size": 2},
 }
 
 
@@ -70,6 +75,17 @@ def mixed_task(num_rows=8):
     ]
     rows[2]["query"]["image"] = picture(2)
     rows[3]["positive"] = {"text": f"{COLOURS[3]} page", "image": None}
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+def damaged_task():
+    """Pairs of a text and an image; the image of the last of four rows is cut off."""
+    with BytesIO() as file:
+        picture(1).save(file, "PNG")
+        image = file.getvalue()
+    images = [image, image, image, image[:60]]
+    rows = [{"query": f"page {number}", "positive": {"bytes": image}} for number, image in enumerate(images)]
+    features = datasets.Features({"query": datasets.Value("string"), "positive": datasets.Image()})
     return datasets.Dataset.from_list(rows, features=features)
 
 
@@ -118,13 +134,16 @@ class RecordingTrainer(ContrastiveTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def run(model_folder, output_folder, global_batch_size, world_size, **settings):
-    """Train one epoch in float64.
+def run(model_folder, output_folder, global_batch_size, world_size, adapters=None, **settings):
+    """Train one epoch in float64, with `adapters`, settings of peft, only these.
 
     Returns:
-        The logs, the gradients of every step, the tasks of this rank's batches, and what evaluation finds.
+        The logs, the gradients of every step, the tasks of this rank's batches, what evaluation finds, and the weights.
     """
     model = build(model_folder, model_kwargs={"dtype": torch.float64})
+    if adapters is not None:
+        set_seed(0)
+        add_embedding_adapters(model, LoraConfig(**adapters))
     recorder = GradientRecorder()
     trainer = RecordingTrainer(
         model,
@@ -146,33 +165,58 @@ def run(model_folder, output_folder, global_batch_size, world_size, **settings):
     metrics = trainer.evaluate({"texts": texts_task(10), "mixed": mixed_task(9)})
     names = ["eval_texts_loss", *(f"eval_{task}_{name}" for task in ("texts", "mixed") for name in RETRIEVAL_NAMES)]
     evaluation = {name: metrics[name] for name in names}
-    return history, recorder.steps, trainer.tasks_seen[: len(history)], evaluation
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return history, recorder.steps, trainer.tasks_seen[: len(history)], evaluation, weights
 
 
-def resume(folder, streaming):
+RESUMED = {"False": (False, None), "True": (True, None), "adapters": (False, {"r": 4, "lora_dropout": 0.1})}
+
+
+def resume(folder, name, streaming, adapters):
     """Train on a mixture on two ranks, then again from the middle of an epoch; return logs and weights of both."""
     results = []
     for again in (False, True):
         # 24 batches an epoch, 2 a step.
         settings = {"max_steps": 5, "save_steps": 3, "save_strategy": "no" if again else "steps", "logging_steps": 2}
-        trainer = contrastive_run.make_trainer(folder, folder / f"resume-{streaming}", streaming, **settings)
-        trainer.train(resume_from_checkpoint=str(folder / f"resume-{streaming}/checkpoint-3") if again else None)
+        output = folder / f"resume-{name}"
+        trainer = contrastive_run.make_trainer(folder, output, streaming, adapters=adapters, **settings)
+        trainer.train(resume_from_checkpoint=str(output / "checkpoint-3") if again else None)
         assert trainer.state.global_step == 5 and trainer.args.world_size == 2
         weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
         results.append((contrastive_run.curve(trainer), weights))
     return results
 
 
+def evaluate_damaged_rows(model_folder, output_folder):
+    """Evaluate dev rows of which only the last rank gets the damaged one; return what this rank raises."""
+    settings = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
+    trainer = ContrastiveTrainer(build(model_folder), arguments(output_folder, **settings), {"mixed": mixed_task(8)})
+    rows = damaged_task()
+    messages = []
+    for evaluate in (
+        lambda: trainer.evaluate({"dev": rows}),
+        lambda: evaluate_retrieval(trainer, RetrievalSet(rows, "dev")),
+    ):
+        try:
+            evaluate()
+            messages.append(None)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 def main():
     model_folder, output_folder = sys.argv[1], Path(sys.argv[2])
     for name, settings in SCENARIOS.items():
-        history, gradients, tasks, evaluation = run(model_folder, output_folder, 8, 2, **settings)
+        history, gradients, tasks, evaluation, weights = run(model_folder, output_folder, 8, 2, **settings)
         rank = torch.distributed.get_rank()
         record = {"history": history, "tasks": tasks, "evaluation": evaluation}
         (output_folder / f"{name}-{rank}.json").write_text(json.dumps(record))
-        torch.save(gradients, output_folder / f"{name}-{rank}.pt")
-    for streaming in (False, True):
-        torch.save(resume(output_folder, streaming), output_folder / f"resume-{streaming}-{rank}.pt")
+        torch.save((gradients, weights), output_folder / f"{name}-{rank}.pt")
+    for name, how in RESUMED.items():
+        torch.save(resume(output_folder, name, *how), output_folder / f"resume-{name}-{rank}.pt")
+    messages = evaluate_damaged_rows(model_folder, output_folder)
+    (output_folder / f"damaged-{rank}.json").write_text(json.dumps(messages))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import datasets
+import torch
 from peft import LoraConfig
-from transformers import set_seed
+from transformers import BitsAndBytesConfig, set_seed
 
 from tests.trainers.pair_sources import published_rows, write_images, write_pages, write_texts
 from trainers.adapters import add_embedding_adapters
@@ -54,7 +55,10 @@ def sources(folder, **settings):
 
 
 def make_trainer(folder, output, streaming=False, trainer_class=ContrastiveTrainer, adapters=None, **settings):
-    """Return a trainer on the mixture of the folder (`Path`); with `adapters`, settings of peft, only these learn."""
+    """Return a trainer on the mixture of the folder (`Path`); with `adapters`, settings of peft, only these learn.
+
+    Among them `load_in_4bit` quantises the other weights.
+    """
     settings = {
         "max_steps": 12,
         "per_device_train_batch_size": 4,
@@ -70,7 +74,13 @@ def make_trainer(folder, output, streaming=False, trainer_class=ContrastiveTrain
         **settings,
     }
     config = ContrastiveConfig(output_dir=str(output), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
-    model = build_sentence_transformer(folder / "start", device="cpu")
+    adapters, model_kwargs = adapters and dict(adapters), None
+    if adapters is not None and adapters.pop("load_in_4bit", False):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model_kwargs = {"quantization_config": quantization, "device_map": {"": "cpu"}}
+    model = build_sentence_transformer(folder / "start", device="cpu", model_kwargs=model_kwargs)
     if adapters is not None:
         set_seed(config.seed)
         add_embedding_adapters(model, LoraConfig(**adapters))

@@ -27,18 +27,18 @@ def setting_flags(**settings):
 
 def finish(process):
     """Wait for the end of a run, and return what it said."""
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said[-4000:]
     return said
 
 
 def wait_for(process, output, step):
     """Wait until the checkpoint of this step is begun, or the process ends."""
-    for _ in range(2400):
+    for _ in range(6000):
         if (output / f"checkpoint-{step}").exists() or process.poll() is not None:
             return
         time.sleep(0.05)
-    raise AssertionError(f"no checkpoint-{step} after two minutes")
+    raise AssertionError(f"no checkpoint-{step} after five minutes")
 
 
 def result(output):

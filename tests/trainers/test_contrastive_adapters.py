@@ -7,13 +7,15 @@ import sys
 import datasets
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import LoraConfig
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import set_seed
 
-from modeling_moca import MoCaModel
+from modeling_moca import MoCaForPreTraining, MoCaModel
 from tests.conftest import REPOSITORY
+from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.contrastive_cases import (
     GradientRecorder,
     arguments,
@@ -23,8 +25,8 @@ from tests.trainers.contrastive_cases import (
     save_checkpoint,
     texts_task,
 )
-from trainers import whole_model
-from trainers.adapters import add_embedding_adapters, load_adapters, merge_adapters
+from trainers import adapters, whole_model
+from trainers.adapters import add_adapters, add_embedding_adapters, load_adapters, merge_adapters
 from trainers.contrastive_trainer import ContrastiveTrainer
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
@@ -193,10 +195,11 @@ def run_script(monkeypatch, start, folder, *flags):
     (folder / "train.yaml").write_text(
         f"datasets: [{{task: texts, path: parquet, data_files: {folder}/pairs.parquet, query: query, "
         f"positive: positive}}]\noutput_dir: {folder}/output\nuse_cpu: true\nper_device_train_batch_size: 8\n"
-        "max_steps: 2\nlearning_rate: 1.0e-2\nsave_strategy: 'no'\nreport_to: none\nwarmup_steps: 0\nlora_r: 4\n"
+        "max_steps: 2\nlearning_rate: 1.0e-2\nsave_strategy: 'no'\nreport_to: none\nwarmup_steps: 0\n"
     )
     script = REPOSITORY / "examples" / "train_contrastive.py"
-    command = [str(script), "--config", f"{folder}/train.yaml", "--model_name_or_path", str(start), *flags]
+    command = [str(script), "--config", f"{folder}/train.yaml", *flags]
+    command += [] if start is None else ["--model_name_or_path", str(start)]
     monkeypatch.setattr(sys, "argv", command)
     datasets.disable_progress_bars()
     runpy.run_path(str(script), run_name="__main__")
@@ -204,9 +207,8 @@ def run_script(monkeypatch, start, folder, *flags):
 
 
 def test_the_script_trains_adapters(start, tmp_path, monkeypatch):
-    output = run_script(
-        monkeypatch, start, tmp_path, "--use_peft", "true", "--use_dora", "true", "--use_rslora", "true"
-    )
+    flags = ["--use_peft", "true", "--use_dora", "true", "--use_rslora", "true", "--lora_r", "4"]
+    output = run_script(monkeypatch, start, tmp_path, *flags)
     weights, stock = load_file(output / "model.safetensors"), MoCaModel.from_pretrained(start).state_dict()
     changed = {name for name in stock if not torch.equal(weights[name], stock[name])}
     assert weights.keys() == stock.keys()
@@ -215,8 +217,6 @@ def test_the_script_trains_adapters(start, tmp_path, monkeypatch):
 
 
 def test_the_script_quantises_what_adapters_leave_alone(start, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="load_in_4bit and load_in_8bit need use_peft, got False"):
-        run_script(monkeypatch, start, tmp_path, "--load_in_4bit", "true")
     asked = {}
 
     def from_pretrained(*args, **kwargs):
@@ -228,3 +228,58 @@ def test_the_script_quantises_what_adapters_leave_alone(start, tmp_path, monkeyp
         run_script(monkeypatch, start, tmp_path, "--load_in_4bit", "true", "--use_peft", "true")
     assert asked["quantization_config"].load_in_4bit and asked["quantization_config"].bnb_4bit_quant_type == "nf4"
     assert asked["device_map"] == {"": "cpu"}
+
+
+def test_the_script_refuses_what_would_have_no_effect(start, tmp_path, monkeypatch):
+    for flags, message in (
+        (["--load_in_4bit", "true"], r"\['load_in_4bit'\] have no effect without adapters: set use_peft"),
+        (["--use_dora", "true", "--lora_r", "4"], r"\['lora_r', 'use_dora'\] have no effect without adapters"),
+        (["--use_peft", "true", "--bnb_4bit_quant_type", "fp4"], r"\['bnb_4bit_quant_type'\] have no effect without 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_script(monkeypatch, start, tmp_path, *flags)
+    with pytest.raises(ValueError, match="model_name_or_path is not set"):
+        run_script(monkeypatch, None, tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the Hub with two revisions of one model, org/tiny; return the weights of each by name."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    weights = {}
+    for number, revision in enumerate(["main", "old"]):
+        model = MoCaForPreTraining.from_backbone(tiny_backbone(seed=number), mask_token_id=6)
+        folder, commit = tmp_path / "hub" / "models--org--tiny", str(number) * 40
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        model.save_pretrained(folder / "snapshots" / commit)
+        tiny_processor().save_pretrained(folder / "snapshots" / commit)
+        weights[revision] = model.state_dict()
+    return weights
+
+
+def test_a_revision_is_what_is_trained(hub, tmp_path, monkeypatch):
+    frozen = ["--learning_rate", "0", "--model_revision", "old"]
+    trained = load_file(run_script(monkeypatch, "org/tiny", tmp_path, *frozen) / "model.safetensors")
+    old, main = ({name.removeprefix("moca."): tensor for name, tensor in hub[key].items()} for key in ("old", "main"))
+    assert all(torch.equal(tensor, old[name]) for name, tensor in trained.items())
+    assert any(not torch.equal(tensor, main[name]) for name, tensor in trained.items())
+
+    configs = []
+    monkeypatch.setattr(adapters, "add_embedding_adapters", lambda model, config: configs.append(config))
+    run_script(monkeypatch, "org/tiny", tmp_path, *frozen, "--use_peft", "true")
+    assert configs[0].revision == "old"
+
+
+def test_quantised_weights_of_a_revision_are_merged_with_that_one(hub):
+    """New adapters change nothing, so that what is merged are the weights of the checkpoint."""
+    embedding = build("org/tiny", revision="old")
+    add_embedding_adapters(embedding, LoraConfig(r=4, revision="old"))
+    pretraining = MoCaForPreTraining.from_pretrained("org/tiny", revision="old")
+    pretraining = add_adapters(pretraining, LoraConfig(r=4, revision="old"))
+    for model, prefix in ((embedding[0].model, "moca."), (pretraining, "")):
+        # Stands for quantisation, which leaves no weights to merge with.
+        getattr(model, "get_base_model", lambda model=model: model)().is_quantized = True
+        merged = merge_adapters(model).state_dict()
+        assert len(merged) > 50
+        assert all(torch.equal(tensor, hub["old"][prefix + name]) for name, tensor in merged.items())

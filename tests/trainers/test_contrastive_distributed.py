@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
-from tests.trainers.contrastive_cases import SCENARIOS, run, save_checkpoint
+from tests.trainers.contrastive_cases import RESUMED, SCENARIOS, run, save_checkpoint
 from tests.trainers.contrastive_run import write_mixture
 
 # distributed_type MULTI_CPU, or --cpu, would silently start one process.
@@ -46,7 +46,7 @@ def two_ranks(tmp_path_factory):
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_ranks_equal_one_process(two_ranks, tmp_path, name):
     model_folder, folder = two_ranks
-    history, gradients, tasks, evaluation = run(model_folder, tmp_path, 8, 1, **SCENARIOS[name])
+    history, gradients, tasks, evaluation, weights = run(model_folder, tmp_path, 8, 1, **SCENARIOS[name])
     records = [json.loads((folder / f"{name}-{rank}.json").read_text()) for rank in range(2)]
     losses = [entry["loss"] for entry in history]
     assert [entry["loss"] for entry in records[0]["history"]] == pytest.approx(losses, abs=2e-4)  # rounded by Trainer
@@ -60,13 +60,19 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path, name):
     assert records[0]["tasks"] == records[1]["tasks"] == tasks
     assert len(tasks) == 4 and set(tasks) == ({None} if name == "reference" else {"texts", "mixed"})
     for rank in range(2):
-        theirs = torch.load(folder / f"{name}-{rank}.pt")
+        theirs, their_weights = torch.load(folder / f"{name}-{rank}.pt")
         assert len(theirs) == len(gradients) == 4
         for ours, other in zip(gradients, theirs):
             largest = max(gradient.abs().max() for gradient in ours.values())
             assert largest > 1e-3
             for parameter, gradient in ours.items():
                 torch.testing.assert_close(other[parameter], gradient, atol=1e-9 * largest.item(), rtol=1e-8)
+        assert weights.keys() == their_weights.keys()
+        for parameter, tensor in weights.items():
+            torch.testing.assert_close(their_weights[parameter], tensor, atol=1e-9, rtol=1e-8, msg=parameter)
+    if name == "adapters":
+        held = {parameter for parameter, gradient in gradients[-1].items() if gradient.any()}
+        assert held == {parameter for parameter in weights if "lora_" in parameter} and len(held) == 56
     # Each step logs the loss of its task beside the mean, and of no other.
     for task, entry in zip(tasks, records[0]["history"]):
         task = task or "all_tasks"
@@ -75,17 +81,27 @@ def test_two_ranks_equal_one_process(two_ranks, tmp_path, name):
         assert entry["rows_per_second"] > 0
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_resumed_epoch_goes_on_with_the_same_batches(two_ranks, streaming):
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_epoch_goes_on_with_the_same_batches(two_ranks, name):
     _, folder = two_ranks
     for rank in range(2):
-        whole, resumed = torch.load(folder / f"resume-{streaming}-{rank}.pt")
+        whole, resumed = torch.load(folder / f"resume-{name}-{rank}.pt")
         # Bit for bit: logs of both stretches, and weights.
         assert whole[0] == resumed[0] and [entry["step"] for entry in whole[0]] == [2, 4]
         assert all(torch.equal(first, second) for first, second in zip(whole[1], resumed[1]))
     # Each rank lists its own bad rows, and the file has those of both.
-    rejected = [
-        json.loads(line) for line in (folder / f"resume-{streaming}" / "rejected.jsonl").read_text().splitlines()
-    ]
+    rejected = [json.loads(line) for line in (folder / f"resume-{name}" / "rejected.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in rejected} <= {"empty_query", "undecodable_image"}
-    assert streaming or "empty_query" in {row["reason"] for row in rejected}
+    assert name == "True" or "empty_query" in {row["reason"] for row in rejected}
+    checkpoint = folder / f"resume-{name}" / "checkpoint-3"
+    assert (checkpoint / "adapter_model.safetensors").exists() == (name == "adapters")
+
+
+def test_a_damaged_dev_row_of_one_rank_ends_evaluation_on_all(two_ranks):
+    """In the loss and in retrieval; the rank without it would wait for the other."""
+    _, folder = two_ranks
+    messages = [json.loads((folder / f"damaged-{rank}.json").read_text()) for rank in range(2)]
+    assert messages[0] == messages[1]
+    in_loss, in_retrieval = messages[0]
+    assert in_loss == "The data of eval_dev: OSError: image file is truncated"
+    assert in_retrieval.startswith("Retrieval on dev: BadRowError: Data set 'dev', row 3, side 1: image 0 cannot be")

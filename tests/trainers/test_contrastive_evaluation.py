@@ -7,10 +7,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
 
 from tests.trainers.contrastive_cases import arguments, build, mixed_task, save_checkpoint, texts_task
 from trainers import contrastive_trainer
-from trainers.checkpoints import MARKER
+from trainers.adapters import add_embedding_adapters, load_adapters, merge_adapters
+from trainers.checkpoints import MARKER, last_complete
 from trainers.contrastive_evaluation import RetrievalSet, check_log_names, log_name
 from trainers.contrastive_trainer import ContrastiveTrainer
 from trainers.evaluation import retrieval_metrics
@@ -194,6 +197,44 @@ def test_a_stopped_run_keeps_its_last_checkpoint(checkpoint, tmp_path, monkeypat
     assert trainer.stopped and 3 < last < 6
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", f"checkpoint-{last}"]
     assert trainer.args.load_best_model_at_end and trainer.args.save_total_limit == 1
+
+
+def test_a_stopped_run_saves_at_an_evaluation_that_is_not_the_best(checkpoint, tmp_path, monkeypatch):
+    def stop(trainer, dev_set):
+        trainer._signal.received = trainer.state.global_step == 3
+        return falling(trainer, dev_set)
+
+    monkeypatch.setattr(contrastive_trainer, "evaluate_retrieval", stop)
+    settings = {**BEST, "save_strategy": "best"}
+    trainer = make_trainer(checkpoint, tmp_path, {"texts": texts_task(8)}, **settings)
+    trainer.train()
+    last = trainer.state.global_step
+    assert trainer.stopped and 3 < last < 6
+    # Those of steps 1 and 2 were the best so far; that of step 3 was neither the best nor told to stop.
+    assert all((tmp_path / f"checkpoint-{step}").exists() for step in (1, 2))
+    assert not (tmp_path / "checkpoint-3").exists()
+    assert last_complete(tmp_path) == str(tmp_path / f"checkpoint-{last}")
+    assert trainer.state.best_global_step == 2
+
+
+def test_the_best_adapters_are_merged_in_the_end(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(contrastive_trainer, "evaluate_retrieval", falling)
+    model = build(checkpoint)
+    add_embedding_adapters(model, LoraConfig(r=4))
+    config = arguments(tmp_path, learning_rate=1e-2, per_device_train_batch_size=4, max_steps=4, **BEST)
+    trainer = ContrastiveTrainer(model, config, {"texts": texts_task(8)}, {"texts": texts_task(8)})
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.state.best_global_step == 2
+    trainer.save_model()
+    merged = load_file(tmp_path / "model.safetensors")
+    whole = {}
+    for step in (2, 4):
+        again = build(checkpoint)
+        add_embedding_adapters(again, LoraConfig(r=4))
+        load_adapters(again[0].model, str(tmp_path / f"checkpoint-{step}"))
+        whole[step] = merge_adapters(again[0].model).state_dict()
+    assert all(torch.equal(tensor, whole[2][name]) for name, tensor in merged.items())
+    assert any(not torch.equal(tensor, whole[4][name]) for name, tensor in merged.items())
 
 
 def test_refusals(checkpoint, tmp_path, monkeypatch):

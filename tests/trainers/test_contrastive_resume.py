@@ -1,5 +1,6 @@
 """A contrastive run that is killed goes on as if nothing had happened: equal logs and weights, bit for bit."""
 
+import importlib.util
 import json
 import os
 import random
@@ -9,15 +10,28 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from modeling_moca import MoCaModel
 from tests.trainers import contrastive_run, runs
 from tests.trainers.contrastive_cases import save_checkpoint
 from tests.trainers.contrastive_run import make_trainer, write_mixture
 from tests.trainers.runs import finish, result, wait_for
 from trainers.checkpoints import MARKER, last_complete
 
-# Streaming, workers, and adapters (settings of peft as JSON) instead of all weights.
-MODES = [(False, 2, None), (True, 1, None), (False, 0, '{"r": 4, "lora_dropout": 0.1, "use_dora": true}')]
+HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+LORA = {"r": 4, "lora_dropout": 0.1}
+# Streaming, workers, and adapters (settings of peft) instead of all weights.
+MODES = {
+    "full": (False, 2, None),
+    "lora": (True, 1, LORA),
+    "dora": (False, 0, {**LORA, "use_dora": True}),
+    "qlora": (False, 0, {**LORA, "load_in_4bit": True}),
+}
+AVAILABLE = [mode for mode in MODES if HAS_BITSANDBYTES or mode != "qlora"]
+REASON = "bitsandbytes is not installed (pip install bitsandbytes)"
+MARKED = [pytest.param(mode, marks=[] if mode in AVAILABLE else pytest.mark.skip(reason=REASON)) for mode in MODES]
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +43,31 @@ def folder(tmp_path_factory):
 
 
 def start(folder, output, streaming, workers, adapters):
-    settings = {
-        "streaming": streaming,
-        "dataloader_num_workers": workers,
-        "adapters": adapters and json.loads(adapters),
-    }
+    settings = {"streaming": streaming, "dataloader_num_workers": workers, "adapters": adapters}
     return runs.start(contrastive_run.__file__, folder, output, **settings)
 
 
 @pytest.fixture(scope="module")
 def whole(folder):
     """Results of runs that nobody disturbed."""
-    outputs = {mode: folder / f"whole-{number}" for number, mode in enumerate(MODES)}
-    processes = [start(folder, output, *mode) for mode, output in outputs.items()]
+    outputs = {mode: folder / f"whole-{mode}" for mode in AVAILABLE}
+    processes = [start(folder, output, *MODES[mode]) for mode, output in outputs.items()]
     for process in processes:
         finish(process)
     return {mode: (*result(output), (output / "data_report.json").read_text()) for mode, output in outputs.items()}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MARKED)
 def test_killed_at_a_random_point(folder, whole, tmp_path, mode):
     # While a checkpoint is written, after it, or steps later.
     point = random.SystemRandom().uniform(0, 0.4)
-    process = start(folder, tmp_path, *mode)
+    process = start(folder, tmp_path, *MODES[mode])
     wait_for(process, tmp_path, 4)
     time.sleep(point)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, f"over before it was killed, {point}"
-    finish(start(folder, tmp_path, *mode))
+    finish(start(folder, tmp_path, *MODES[mode]))
     curve, weights, rejected = result(tmp_path)
     expected_curve, expected_weights, expected_rejected, expected_report = whole[mode]
     assert curve == expected_curve, point
@@ -65,12 +75,30 @@ def test_killed_at_a_random_point(folder, whole, tmp_path, mode):
     assert rejected == expected_rejected and len(rejected) == 2, point
     assert (tmp_path / "data_report.json").read_text() == expected_report
     checkpoint = Path(last_complete(tmp_path))
-    assert (checkpoint / "adapter_model.safetensors").exists() == (mode[2] is not None)
+    assert (checkpoint / "adapter_model.safetensors").exists() == (mode != "full")
+    if mode == "qlora":
+        check_merged_weights(folder, tmp_path, checkpoint)
+
+
+def check_merged_weights(folder, output, checkpoint):
+    """What is saved in the end are the weights at full precision plus the adapters' product, and nothing else."""
+    expected = MoCaModel.from_pretrained(folder / "start").state_dict()
+    adapters = load_file(checkpoint / "adapter_model.safetensors")
+    names = [name for name in adapters if "lora_A" in name]
+    assert len(names) == 4 * 7
+    for name in names:
+        weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
+        # Scaled by alpha / r, of which alpha is peft's default.
+        expected[weight] += adapters[name.replace("lora_A", "lora_B")] @ adapters[name] * 8 / LORA["r"]
+    merged = load_file(output / "final" / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_termination_saves_and_stops(folder, whole, tmp_path):
-    mode = MODES[0]
-    process = start(folder, tmp_path, *mode)
+    mode = "full"
+    process = start(folder, tmp_path, *MODES[mode])
     wait_for(process, tmp_path, 2)
     os.killpg(process.pid, signal.SIGTERM)
     finish(process)
@@ -80,7 +108,7 @@ def test_termination_saves_and_stops(folder, whole, tmp_path):
     # Another checkpoint is cut off while it is written.
     shutil.copytree(stopped_at, tmp_path / "checkpoint-11")
     (tmp_path / "checkpoint-11" / MARKER).unlink()
-    assert "checkpoint-11 is not whole" in finish(start(folder, tmp_path, *mode))
+    assert "checkpoint-11 is not whole" in finish(start(folder, tmp_path, *MODES[mode]))
     assert result(tmp_path) == whole[mode][:3]
 
 

@@ -162,8 +162,10 @@ def test_adapters_from_the_command_line(folder, monkeypatch):
     assert yaml.safe_load((folder / "adapted" / "trainer_state.json").read_text())["global_step"] == 3
     assert len(build_sentence_transformer("adapted", max_length=64).encode("a text")) == 32
     export("adapted", folder / "exported")
-    with pytest.raises(ValueError, match="need use_peft, and a MoCa folder .*, got use_peft=True, backbone"):
+    with pytest.raises(ValueError, match="need a MoCa folder .*, got backbone"):
         main(monkeypatch, "--config", "lora.yaml", "--load_in_4bit", "true")
+    with pytest.raises(ValueError, match=r"\['lora_dropout', 'lora_r'\] have no effect without adapters"):
+        main(monkeypatch, "--config", "lora.yaml", "--use_peft", "false")
     with pytest.raises(ValueError, match="task_type must be None, got 'CAUSAL_LM'"):
         main(monkeypatch, "--config", "lora.yaml", "--lora_task_type", "CAUSAL_LM")
 

@@ -135,7 +135,7 @@ def check_size(width, height, place):
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise RefusedError(
             "decompression_bomb",
-            f"{shown} is too large: more than PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS}.",
+            f"{shown} is too large, PIL.Image.MAX_IMAGE_PIXELS is {Image.MAX_IMAGE_PIXELS}.",
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise RefusedError("aspect_ratio", f"{shown} has an aspect ratio over {MAX_ASPECT_RATIO}.")

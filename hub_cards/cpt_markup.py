@@ -24,15 +24,15 @@ _MARKDOWN = re.compile(
         (?:\s+(?:"[^"]*"|'[^']*'|\([^()]*\)))? \s*\)
       | (?:\[(?P<label>[^\]]*)\])?
     )
-  | (?P<tag><img\b(?:[^>"']|"[^"]*"|'[^']*')*>)
+  | (?P<tag><img\b(?:[^<>"']++|"[^"]*+"|'[^']*+'){{0,64}}+>)
     """,
     re.VERBOSE | re.DOTALL | re.MULTILINE | re.IGNORECASE,
 )
 # Elements whose text nobody sees, and those that end without an end tag.
 _HIDDEN = {"script", "style", "template", "noscript", "title", "svg", "iframe", "object", "video", "audio", "canvas"}
 _BLOCKS = set(
-    "address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure footer "
-    "form h1 h2 h3 h4 h5 h6 header hr main nav ol p pre section summary table tbody tfoot thead ul".split()
+    "address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure "
+    "footer form h1 h2 h3 h4 h5 h6 header hr main nav ol p pre section summary table tbody tfoot thead ul".split()
 )
 _LINES = {"br", "li", "tr", "option"}
 _VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -121,9 +121,8 @@ class _HTMLReader(HTMLParser):
                 self._hidden, self._depth = tag, 1
         elif tag == "img":
             self._end_text()
-            self._parts.append(
-                ImageReference(urljoin(self._base, attributes.get("src", "")), attributes.get("alt", ""))
-            )
+            address = urljoin(self._base, attributes.get("src", "")) if self._base else attributes.get("src", "")
+            self._parts.append(ImageReference(address, attributes.get("alt", "")))
             self._num_breaks, self._ends_in_space = 0, False
         elif tag == "base":
             self._base = self._base or attributes.get("href", "")

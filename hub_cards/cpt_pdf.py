@@ -1,6 +1,5 @@
 """Pages of PDF files: their text and embedded images in reading order, or each as one image; needs `pypdfium2`."""
 
-import ctypes
 import io
 import re
 from dataclasses import dataclass
@@ -139,11 +138,8 @@ def _image(item, place):
         check_size(width, height, place)
         matrix = item.get_matrix()
         upright = matrix.a > 0 and matrix.d > 0 and matrix.b == matrix.c == 0
-        if (
-            list(item.get_filters()) == ["DCTDecode"]
-            and upright
-            and not pypdfium2.raw.FPDFPageObj_HasTransparency(item)
-        ):
+        is_plain = upright and not pypdfium2.raw.FPDFPageObj_HasTransparency(item)
+        if is_plain and list(item.get_filters()) == ["DCTDecode"]:
             content = bytes(item.get_data())
             # CMYK in PDF may be inverted: such pictures are drawn.
             if Image.open(io.BytesIO(content), formats=("JPEG",)).mode in ("RGB", "L"):
@@ -171,8 +167,9 @@ def _lines(page):
     raw = import_pypdfium2().raw
     textpage = page.get_textpage()
     lines, characters, places = [], [], []
-    for index in range(textpage.count_chars() + 1):
-        code = raw.FPDFText_GetUnicode(textpage, index) if index < textpage.count_chars() else 10
+    number = textpage.count_chars()
+    for index in range(number + 1):
+        code = raw.FPDFText_GetUnicode(textpage, index) if index < number else 10
         if code in (10, 13):
             text = _decode(characters)
             if text:
@@ -195,9 +192,7 @@ def _box(textpage, index):
 def _decode(codes):
     # 2 and 0xFFFE are pdfium's hyphens at the end of a line. UTF-16 halves come as two characters.
     codes = [45 if code in (2, 0xFFFE) else code for code in codes if code >= 32 or code in (2, 9)]
-    text = b"".join(ctypes.c_uint32(code).value.to_bytes(4, "little") for code in codes).decode(
-        "utf-32-le", "surrogatepass"
-    )
+    text = "".join(map(chr, codes))
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
 
 

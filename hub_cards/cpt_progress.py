@@ -160,10 +160,8 @@ def write_json(path, content):
 def _cut(path: Path, length):
     """Open a file that grows, without what is behind `length`."""
     path.touch()
-    file = open(path, "r+b")
-    file.truncate(length)
-    file.seek(length)
-    return file
+    os.truncate(path, length)
+    return path.open("ab")
 
 
 __all__ = ["BUILD", "DIGEST_BYTES", "REJECTED", "REPORT", "Position", "Progress", "write_json"]

@@ -14,7 +14,7 @@ _MARKDOWN = re.compile(
     rf"""
     (?P<code>
         ^[ ]{{0,3}}(?P<fence>`{{3,}}|~{{3,}})[^\n]*\n .*? (?:^[ ]{{0,3}}(?P=fence)[`~]*[ \t]*$ | \Z)
-      | (?<!`)(?P<ticks>`+)(?!`) (?:(?!\n[ \t]*\n).)+? (?<!`)(?P=ticks)(?!`)
+      | (?<!`)(?P<ticks>`+)(?!`) (?:(?!\n[ \t]*\n).){{1,2000}}? (?<!`)(?P=ticks)(?!`)
       | \\.
     )
   | (?P<comment><!-- .*? (?:-->|\Z))
@@ -64,7 +64,7 @@ def read_markdown(text):
     for found in _MARKDOWN.finditer(text):
         image = None
         if found["tag"]:
-            image = read_html(found["tag"])[0]
+            image = next((part for part in read_html(found["tag"]) if isinstance(part, ImageReference)), None)
         elif found["alt"] is not None:
             address = found["angle"] if found["angle"] is not None else found["plain"]
             if address is None:
@@ -89,7 +89,9 @@ def read_html(text):
         `list`: a `str` for text, an [`hub_cards.cpt_images.ImageReference`] for an image, in order.
     """
     reader = _HTMLReader()
-    reader.feed(text)
+    # No tag begins behind the last end of one. Python's parser would look for it from every "<" anew.
+    end = text.rfind(">") + 1
+    reader.feed(text[:end] + text[end:].replace("<", "&lt;"))
     reader.close()
     return reader.parts()
 

@@ -61,7 +61,7 @@ class Progress:
             if saved["position"]["shards"]:
                 self._compare(saved["settings"])
                 self.position, self.is_resumed = Position(**saved["position"]), True
-        elif output_dir.exists() and any(output_dir.iterdir()):
+        elif not self.build.is_dir() and output_dir.exists() and any(output_dir.iterdir()):
             raise ValueError(f"{output_dir} is not empty, and no data set in the making: give a new folder.")
 
     def open(self):

@@ -37,7 +37,8 @@ def test_markdown_in_reading_order(images):
     text = (
         '\ufeff---\ntitle: gone\n---\n# Head\r\n\r\nRed ![a red one](<a b.png> "title"), blue ![blue][Fig]\n'
         "and <img alt=\"2 > 1\" src='sub/c.jpg'>.\n\n```md\n![code](no.png)\n```\n\n`![span](no.png)`, \\![no](no.png), "
-        "![no label]\n<!-- ![comment](no.png) -->\n\n[![linked](a%20b.png)](http://example.org)\n\n[fig]: sub/c.jpg 'x'\n"
+        "![no label]\n<!-- ![comment](no.png) -->\n\n[![linked](a%20b.png)](http://example.org)\n\n"
+        "[fig]: sub/c.jpg 'x'\n"
     )
     (row,), refused = read(images, "one.md", text, max_images=9)
     assert not refused
@@ -53,15 +54,19 @@ def test_markdown_in_reading_order(images):
 
 def test_html_in_reading_order(images):
     text = (
-        "<!doctype html><html><head><title>gone</title><style>p {}</style><script>if (1 < 2) '<img src=no.png>'</script>"
-        "<body><h1>Head</h1><p>One  <b>bold</b>\n text &amp; <img src='../in/a b.png'> so<p hidden>secret<img src=no.png>"
+        "<!doctype html><html><head><title>gone</title><style>p {}</style>"
+        "<script>if (1 < 2) '<img src=no.png>'</script>"
+        "<body><h1>Head</h1><p>One  <b>bold</b>\n text &amp; <img src='../in/a b.png'> so"
+        "<p hidden>secret<img src=no.png>"
         "<p>Two<br>lines<div style='display: none'><div>x</div>y</div><ul><li>a<li>b</ul><table><tr><td>1<td>2<tr><td>3"
-        "</table><pre>  x\n    y</pre><svg><text>drawn</text></svg><figure><img src=sub/c.jpg><figcaption>Blue</figcaption>"
+        "</table><pre>  x\n    y</pre><svg><text>drawn</text></svg>"
+        "<figure><img src=sub/c.jpg><figcaption>Blue</figcaption>"
     )
     (row,), refused = read(images, "two.htm", text, max_images=2)
     assert not refused
     assert row.text == (
-        f"Head\n\nOne bold text & {PLACEHOLDER} so\n\nTwo\nlines\n\na\nb\n\n1\t2\n3\n\n  x\n    y\n\n{PLACEHOLDER}\n\nBlue"
+        f"Head\n\nOne bold text & {PLACEHOLDER} so\n\nTwo\nlines\n\na\nb\n\n1\t2\n3\n\n  x\n    y\n\n"
+        f"{PLACEHOLDER}\n\nBlue"
     )
     assert row.images == [RED, BLUE]
     assert read_html('<base href="http://example.org/"><img src="x.png">')[0].address == "http://example.org/x.png"
@@ -111,7 +116,7 @@ def test_images_of_pdf_that_are_no_plain_jpeg_are_drawn(tmp_path):
         (
             "http://example.org/x.png",
             "remote_image",
-            r"sub/one.html: image 0: 'http://example.org/x.png' is on the network",
+            r"sub/one.html: image 0: 'http://example.org/x.png' is on the net",
         ),
         ("//example.org/x.png", "remote_image", "on the network, and nothing is fetched"),
         ("../../secret.png", "unsafe_path", r"'../../secret.png' leads out of the folder"),

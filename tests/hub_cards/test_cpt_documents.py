@@ -36,8 +36,8 @@ def images(tmp_path):
 def test_markdown_in_reading_order(images):
     text = (
         '\ufeff---\ntitle: gone\n---\n# Head\r\n\r\nRed ![a red one](<a b.png> "title"), blue ![blue][Fig]\n'
-        "and <img alt=\"2 > 1\" src='sub/c.jpg'>.\n\n```md\n![code](no.png)\n```\n\n`![span](no.png)`, \\![no](no.png), "
-        "![no label]\n<!-- ![comment](no.png) -->\n\n[![linked](a%20b.png)](http://example.org)\n\n"
+        "and <img alt=\"2 > 1\" src='sub/c.jpg'>.\n\n```md\n![code](no.png)\n```\n\n`![span](no.png)`, "
+        "\\![no](no.png), ![no label]\n<!-- ![comment](no.png) -->\n\n[![linked](a%20b.png)](http://example.org)\n\n"
         "[fig]: sub/c.jpg 'x'\n"
     )
     (row,), refused = read(images, "one.md", text, max_images=9)

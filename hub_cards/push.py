@@ -38,11 +38,15 @@ TRAINING_LEFTOVERS = (
     "rng_state*",
     "run_state_*",
     "trainer_state.json",
+    "rejected.jsonl",
     "COMPLETE",
 )
 # Hidden files and folders (.git, .env, .cache), what an editor or Python leaves, and what was begun and not finished.
 STRAY = (".*", "*/.*", "__pycache__/*", "*/__pycache__/*", "*.pyc", "*~", "*.tmp", "*.incomplete", "*.lock")
-REFUSED = {"pickle": PICKLES, "leftover of training": TRAINING_LEFTOVERS, "stray file": STRAY}
+REFUSED = {
+    "model": {"pickle": PICKLES, "leftover of training": TRAINING_LEFTOVERS, "stray file": STRAY},
+    "dataset": {"pickle": PICKLES, "stray file": STRAY},
+}
 ALLOWED_ANYWAY = (".gitattributes",)
 # The Hub decides what it stores as LFS: files of these types and large ones.
 LFS_SUFFIXES = frozenset(
@@ -174,7 +178,7 @@ def check_folder(folder, repo_type="model"):
     for name, path in paths.items():
         if name in ALLOWED_ANYWAY:
             continue
-        reasons = [reason for reason, patterns in REFUSED.items() if _matches(name, patterns)]
+        reasons = [reason for reason, patterns in REFUSED[repo_type].items() if _matches(name, patterns)]
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             reasons.append("link to a file elsewhere")
         if reasons:

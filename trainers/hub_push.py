@@ -14,7 +14,6 @@ from transformers.utils.hub import PushInProgress
 logger = logging.getLogger(__name__)
 
 STAGE = "_push-"
-CARD = "README.md"
 
 
 class HubPushMixin:
@@ -124,8 +123,12 @@ class HubPushMixin:
         self._save_whole(folder)
         if self.is_world_process_zero():
             card_settings.setdefault("model_name", self.hub_model_id.rpartition("/")[2])
-            self.create_model_card(**card_settings)
-            shutil.copy(os.path.join(self.args.output_dir, CARD), os.path.join(folder, CARD))
+            # The card is one of this folder, whose files it may look at.
+            output_dir, self.args.output_dir = self.args.output_dir, folder
+            try:
+                self.create_model_card(**card_settings)
+            finally:
+                self.args.output_dir = output_dir
         return folder
 
     def _upload(self, folder, message, token, revision, path_in_repo=None):

@@ -1,8 +1,9 @@
 """Run by a test in a process that knows nothing of this project: load a repository by name, and embed.
 
-python check_hub.py OUTPUT.json REPO_ID '{"first": {"revision": "..."}, "main": {}}'
+python check_hub.py OUTPUT.json '{"first": {"name": "org/moca", "revision": "..."}, "main": {"name": "org/moca"}}'
 
-Writes, by name: embeddings of both doors, and the value of CODE_VERSION in the code that ran, or None.
+Writes, by key: embeddings of both doors, and the value of CODE_VERSION in the code that ran, or None. And, of the first
+one, what it is told without the token, and without trust_remote_code.
 """
 
 import json
@@ -17,7 +18,8 @@ class Refuse:
             raise ModuleNotFoundError(f"{name} must not be needed here")
 
 
-sys.meta_path.insert(0, Refuse())
+if __name__ == "__main__":
+    sys.meta_path.insert(0, Refuse())
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -66,13 +68,17 @@ def refusal(load):
     raise AssertionError("nothing was refused")
 
 
-def main(output, name, wanted):
+def main(output, wanted):
+    wanted = json.loads(wanted)
+    name = next(iter(wanted.values()))["name"]
     found = {
+        # First, while the cache is empty.
+        "private": refusal(lambda: AutoModel.from_pretrained(name, trust_remote_code=True, token=False)),
         "untrusted": [
             refusal(lambda: AutoModel.from_pretrained(name)),
             refusal(lambda: SentenceTransformer(name, device="cpu")),
         ],
-        **{key: embed(name, **settings) for key, settings in json.loads(wanted).items()},
+        "loaded": {key: embed(**settings) for key, settings in wanted.items()},
     }
     with open(output, "w", encoding="utf-8") as file:
         json.dump(found, file)

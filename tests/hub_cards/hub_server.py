@@ -1,7 +1,7 @@
 """A Hub on loopback: the HTTP API that huggingface_hub calls to push and to load, over a folder of blobs.
 
 Uploads go by git LFS, basic or in parts; clients must set HF_HUB_DISABLE_XET=1, as the protocol of Xet storage is not
-spoken here. `environment` gives what a client process needs.
+spoken here. `environment` gives what a client process needs, `connect` makes a client of this one.
 """
 
 import base64
@@ -11,10 +11,12 @@ import os
 import re
 import secrets
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from huggingface_hub import constants
 
 from tests.hub_cards.hub_store import Entry, HubError, HubStore, git_hash, upload_mode
 
@@ -64,8 +66,8 @@ class Hub:
         self.token, self.signature = "hf_" + secrets.token_hex(8), secrets.token_hex(8)
         # (method, route, path), in order; of storage only what arrived whole.
         self.requests, self.uploads, self.ranges = [], [], []
-        # `before_upload(number)` runs before the body of an upload is read; `cut_downloads` are cut once, half way.
-        self.before_upload, self.num_uploads_begun, self.cut_downloads = None, 0, False
+        # Uploads of these hashes fail, seconds that each upload takes, and whether the next download is cut half way.
+        self.refused_uploads, self.upload_seconds, self.cut_download = set(), 0, False
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -87,6 +89,15 @@ class Hub:
         environment |= {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1,localhost"}
         return environment | ({"HF_TOKEN": self.token} if token else {})
+
+    def connect(self, patch):
+        """Let this process, which was started without a network, be a client (`patch`: a `pytest.MonkeyPatch`)."""
+        patch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", self.token)
 
     def repository(self, name, repo_type="model"):
         return self.store.repositories[repo_type, name]
@@ -114,12 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(split.query).items()}
         self.body_read = False
-        for method, pattern, name in ROUTES:
-            match = pattern.fullmatch(split.path) if method == self.command else None
-            if match:
-                break
-        else:
-            name, match = "unknown", None
+        matches = ((name, pattern.fullmatch(split.path)) for method, pattern, name in ROUTES if method == self.command)
+        name, match = next((found for found in matches if found[1]), ("unknown", None))
         self.hub.requests.append((self.command, name, unquote(split.path)))
         try:
             if match is None:
@@ -248,13 +255,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({})
 
     def on_tree(self, repository, revision, path):
-        entries = repository.listing(revision, (path or "").strip("/"), self.query.get("recursive", "") in ("true", "True", "1"))
+        recursive = self.query.get("recursive", "").lower() in ("true", "1")
+        entries = repository.listing(revision, (path or "").strip("/"), recursive)
         start = int(self.query.get("cursor", 0))
         end = start + self.hub.page_size
         headers = {}
         if end < len(entries):
             base = f"{self.hub.url}{urlsplit(self.path).path}"
-            headers["Link"] = f'<{base}?recursive={self.query.get("recursive", "")}&cursor={end}>; rel="next"'
+            headers["Link"] = f'<{base}?recursive={recursive}&cursor={end}>; rel="next"'
         self.answer(entries[start:end], headers=headers)
 
     def on_paths_info(self, repository, revision):
@@ -295,9 +303,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"transfer": "basic", "objects": told})
 
     def on_put(self, kind, oid):
-        self.hub.num_uploads_begun += 1
-        if self.hub.before_upload is not None:
-            self.hub.before_upload(self.hub.num_uploads_begun)
+        time.sleep(self.hub.upload_seconds)
+        if oid in self.hub.refused_uploads:
+            raise HubError(403, None, "No room")
         content = self.body()
         if kind == "lfs":
             self._keep(oid, content)
@@ -380,8 +388,8 @@ class Handler(BaseHTTPRequestHandler):
             headers |= {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
             content, status = content[start : end + 1], 206
             self.hub.ranges.append((path.name, start))
-        if may_cut and self.hub.cut_downloads and self.command == "GET":
-            self.hub.cut_downloads = False
+        if may_cut and self.hub.cut_download and self.command == "GET":
+            self.hub.cut_download = False
             self.send_response(status)
             for name, value in {**headers, "Content-Length": len(content)}.items():
                 self.send_header(name, str(value))

@@ -107,7 +107,8 @@ class HubStore:
             return found
         if token:
             raise HubError(404, "RepoNotFound", "Repository not found")
-        raise HubError(401, None, "Invalid username or password.")
+        # With the code, as the client knows the Hub's bare 401 only from addresses of https.
+        raise HubError(401, "RepoNotFound", "Invalid username or password.")
 
     def create(self, repo_type, name, private):
         with self._lock:

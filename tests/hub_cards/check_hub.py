@@ -2,7 +2,8 @@
 
 python check_hub.py OUTPUT.json '{"first": {"name": "org/moca", "revision": "..."}, "main": {"name": "org/moca"}}'
 
-Writes, by key: embeddings of both doors, and the value of CODE_VERSION in the code that ran, or None. And, of the first
+Writes, by key: embeddings of both doors, and the value of CODE_VERSION in the code that ran, or None
+(`code_revision` is for transformers alone). And, of the first
 one, what it is told without the token, and without trust_remote_code.
 """
 
@@ -46,9 +47,7 @@ def embed(name, revision=None, code_revision=None):
     batch = processor(text=texts, images=[[], [picture], [picture]], return_tensors="pt")
     with torch.no_grad():
         by_transformers = torch.nn.functional.normalize(model(**batch).pooler_output, dim=-1)
-    sentence_transformer = SentenceTransformer(
-        name, trust_remote_code=True, revision=revision, device="cpu", model_kwargs=code, config_kwargs=code
-    )
+    sentence_transformer = SentenceTransformer(name, trust_remote_code=True, revision=revision, device="cpu")
     by_sentence_transformers = sentence_transformer.encode(inputs(), convert_to_tensor=True)
     used = [model, sentence_transformer[0].model]
     assert all(type(loaded).__module__.startswith("transformers_modules.") for loaded in used)

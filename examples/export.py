@@ -1,6 +1,7 @@
 """Export a trained model as one folder that transformers and sentence-transformers load by name.
 
 python examples/export.py --model output/stage2 --output moca-3b --base-model Qwen/Qwen2.5-VL-3B-Instruct
+python examples/export.py --model output/stage2 --output moca-3b --model-id org/moca-3b --push --dry-run
 python examples/export.py --model output/stage2 --output moca-3b-multi-vector --layout multi_vector
 """
 
@@ -9,6 +10,7 @@ import json
 import logging
 
 from hub_cards.export import LAYOUTS, export
+from hub_cards.push import push, report
 
 
 def main():
@@ -28,9 +30,16 @@ def main():
         type=int,
         help="multi_vector: width of the token vectors, by a new map that is to be trained",
     )
+    parser.add_argument("--push", action="store_true", help="push the folder to the Hub, as --model-id")
+    parser.add_argument("--public", action="store_true", help="--push: a new repository is public, not private")
+    parser.add_argument("--dry-run", action="store_true", help="--push: only list what would be sent")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
-    export(
+    if args.push and args.model_id is None:
+        parser.error("--push needs --model-id, the repository.")
+    if (args.public or args.dry_run) and not args.push:
+        parser.error("--public and --dry-run go with --push.")
+    folder = export(
         args.model,
         args.output,
         prompts=args.prompts,
@@ -41,6 +50,8 @@ def main():
         projection_dim=args.projection_dim,
         overwrite=args.overwrite,
     )
+    if args.push:
+        report(push(folder, args.model_id, private=not args.public, dry_run=args.dry_run))
 
 
 if __name__ == "__main__":

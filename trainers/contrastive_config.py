@@ -94,6 +94,7 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
     > - `num_train_epochs`: `1` instead of `3`.
     > - `warmup_steps`: `0.1` instead of `0`: a tenth of all steps.
     > - `logging_steps`: `10` instead of `500`: losses of single tasks are what one watches here.
+    > - `hub_private_repo`: `True` instead of unset: what `push_to_hub` creates is private until you say otherwise.
     > - `ddp_find_unused_parameters`: `False`: a step runs one forward pass a column, and the search for unused
     >   parameters looks at the last one only. The trainer keeps the vision tower in use instead.
     """
@@ -108,6 +109,9 @@ class ContrastiveConfig(SentenceTransformerTrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Must stay False: a step runs several forward passes."}
+    )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "A repository that push_to_hub creates is private, unless this is False."}
     )
 
     temperature: float = field(default=0.03, metadata={"help": "Divisor of the cosine (paper: 0.03)."})

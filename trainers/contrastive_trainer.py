@@ -28,6 +28,7 @@ from .contrastive_mixture import PairMixture, prompts_of
 from .contrastive_model import build_sentence_transformer, save_sentence_transformer
 from .contrastive_sampler import OrderedBatches
 from .contrastive_schedule import MIXED, BatchSchedule
+from .hub_push import HubPushMixin
 from .progress import RateProgressCallback, TokenMeter
 from .resumable import ResumableMixin
 from .sharding import shard_by_layer
@@ -36,7 +37,7 @@ from .whole_model import WholeModelMixin
 logger = logging.getLogger(__name__)
 
 
-class ContrastiveTrainer(ResumableMixin, WholeModelMixin, SentenceTransformerTrainer):
+class ContrastiveTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` with task-aware global batches, exact gradients over ranks, and losses by task.
 
     Checkpoints and the final folder are `SentenceTransformer` folders that hold the MoCa model and its processor.

@@ -76,6 +76,7 @@ class CPTConfig(TrainingArguments):
     > - `logging_steps`: `10` instead of `500`: loss curves of both losses are what one watches here.
     > - `logging_nan_inf_filter`: `False` instead of `True`: a loss that is not finite is shown, not replaced by a mean
     >   of those before it, and no step waits for the device to look for it.
+    > - `hub_private_repo`: `True` instead of unset: what `push_to_hub` creates is private until you say otherwise.
     > - `remove_unused_columns`: `False` instead of `True`: the collator needs `text` and `images`, which are no
     >   arguments of the model's forward.
     > - `label_names`: `["labels"]`: otherwise a batch without images, which has no `patch_labels`, counts as
@@ -106,6 +107,9 @@ class CPTConfig(TrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=True, metadata={"help": "A batch without images leaves the vision tower and the MAE head unused."}
+    )
+    hub_private_repo: bool | None = field(
+        default=True, metadata={"help": "A repository that push_to_hub creates is private, unless this is False."}
     )
 
     mlm_ratio: float = field(

@@ -16,13 +16,14 @@ from .cpt_counts import NAMES, StepCounts
 from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
 from .flops import FlopsMeter
+from .hub_push import HubPushMixin
 from .masking import IGNORE_INDEX
 from .resumable import ResumableMixin
 from .sharding import own_class, without_copies
 from .whole_model import WholeModelMixin
 
 
-class CPTTrainer(ResumableMixin, WholeModelMixin, Trainer):
+class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
     """Train [`MoCaForPreTraining`] to reconstruct masked tokens and patches (paper section 3.1).
 
     Both losses are means over all tokens and all patches hidden in one optimisation step, over gradient accumulation

@@ -27,7 +27,8 @@ class ResumableMixin:
     ends training on all ranks (`trainer.stopped`).
 
     A trainer calls `_begin_resumable` when it is made, `_start_run` before each run, `_take_data` for each batch, and
-    `_keep_counts` once a step; and has `_read_counts`, `_data_settings`, `_run_totals` and `_load_run_totals`.
+    `_keep_counts` once a step; and has `_read_counts`, `_data_settings`, `_run_totals`, `_load_run_totals` and
+    `_push_checkpoint`.
     """
 
     def _begin_resumable(self):
@@ -94,6 +95,8 @@ class ResumableMixin:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             mark_complete(folder)
+        self._push_checkpoint(folder)
+        if self.args.should_save:
             rotate_checkpoints(
                 output_dir=self._get_output_dir(trial=trial),
                 save_total_limit=limit,

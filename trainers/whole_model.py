@@ -25,7 +25,7 @@ class WholeModelMixin:
     def save_model(self, output_dir=None, _internal_call=False):
         """Save a whole folder, which `from_pretrained` loads, also of weights that ranks share and of adapters.
 
-        Checkpoints during training hold parts, or adapters alone.
+        Checkpoints during training hold parts, or adapters alone. With `push_to_hub` the model is pushed, too.
 
         Args:
             output_dir (`str`, *optional*): where to; the folder of the run when omitted.
@@ -33,10 +33,15 @@ class WholeModelMixin:
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             return
+        self._save_whole(output_dir)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_whole(self, output_dir):
         self._saves_whole = True
         try:
             with whole_weights(self.accelerator):
-                super().save_model(output_dir)
+                super().save_model(output_dir, _internal_call=True)
         finally:
             self._saves_whole = False
 

@@ -2,8 +2,8 @@
 
     python -m hub_cards.verify DIR_OR_REPO [--revision REVISION] [--trust-remote-code]
 
-First the files are looked at, without running or unpickling anything; then, if nothing is wrong, the export is loaded as
-its users do, in a process of its own that knows nothing of this package, with an empty cache and without a network.
+First the files are looked at, without running or unpickling anything; then, if nothing is wrong, the export is loaded
+as its users do, in a process of its own that knows nothing of this package, with an empty cache and without a network.
 Code of another version than the installed one is not run unless `--trust-remote-code` is given. Exit status 0 or 1.
 """
 
@@ -33,8 +33,8 @@ def verify(name, *, revision=None, trust_remote_code=False):
     """Check an export, in a folder or on the Hub.
 
     Args:
-        name (`str` or `os.PathLike`): a folder, or else a Hub id, which is downloaded into the usual cache (`HF_ENDPOINT`
-            says from where).
+        name (`str` or `os.PathLike`): a folder, or else a Hub id, which is downloaded into the usual cache
+            (`HF_ENDPOINT` says from where).
         revision (`str`, *optional*): branch, tag or commit on the Hub.
         trust_remote_code (`bool`, defaults to `False`): run the export's code although it is that of another version.
             Code that is not what the export itself says, or that may not be there at all, is never run.

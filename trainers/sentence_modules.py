@@ -1,4 +1,4 @@
-"""What makes a checkpoint of stage 1 a sentence-transformers folder too, with the pooling that its configuration says."""
+"""What makes a checkpoint of stage 1 a sentence-transformers folder too, with the pooling of its configuration."""
 
 import json
 from pathlib import Path

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 from fnmatch import fnmatch
 from importlib import metadata
 
@@ -11,6 +12,8 @@ from PIL import Image
 
 from .load_check import EXPORT_RECORD, sentence_vectors, summarise
 from .remote_code import hash_file
+
+logger = logging.getLogger(__name__)
 
 # May be edited after an export: none of them changes what a model makes of an input.
 EDITABLE = ("README.md", "LICENSE", "LICENSE.*", "NOTICE", ".gitattributes", ".eval_results/*.yaml", "assets/*.png")
@@ -51,18 +54,23 @@ def write_record(out_dir, layout, model, published):
         published (`SentenceTransformer` or `MultiVectorEncoder`): the export, loaded from its own weights.
 
     Raises:
-        ValueError: an input does not fit the processor's limits, or a vector is not finite.
+        ValueError: a vector is not finite in the model's dtype.
     """
-    inputs = [{"name": name, "content": content} for name, content in FIXED_INPUTS.items()]
-    record = {"images": fixed_images(), "inputs": inputs}
+    images, inputs = fixed_images(), []
     published.eval()
-    for entry, (name, vectors) in zip(inputs, sentence_vectors(published, record).items()):
+    for name, content in FIXED_INPUTS.items():
+        entry = {"name": name, "content": content}
+        try:
+            vectors = sentence_vectors(published, {"images": images, "inputs": [entry]})[name]
+        except ValueError as error:  # images that the processor's limits leave no room for
+            logger.warning("The fixed input %r is not recorded: %s", name, error)
+            continue
         if not vectors.isfinite().all():
             raise ValueError(
                 f"The model's vector of the fixed input {name!r} is not finite in {model.dtype}: its activations leave "
                 "the range of this dtype. Export it in another."
             )
-        entry["embedding"] = summarise(vectors)
+        inputs.append({**entry, "embedding": summarise(vectors)})
     versions = {
         package: metadata.version(package) for package in ("moca", "torch", "transformers", "sentence-transformers")
     }
@@ -72,7 +80,8 @@ def write_record(out_dir, layout, model, published):
         "bidirectional": model.config.bidirectional,
         "versions": versions,
         "files": {name: hash_file(out_dir / name) for name in published_files(out_dir) if not is_editable(name)},
-        **record,
+        "images": images,
+        "inputs": inputs,
     }
     (out_dir / EXPORT_RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -65,15 +65,21 @@ def check_files(folder):
     broken = _check_json(folder, names)
     if missing or broken:
         return missing + broken + _check_stray(folder, names, {})
-    record, config = read_record(folder), _read(folder / "config.json")
-    code = config.get(CONFIG_KEY, {}).get("files", {})
-    return [
-        *_check_stray(folder, names, code),
-        *_check_code(folder, config),
-        *_check_hashes(folder, names, record),
-        *_check_modules(folder),
-        *_check_weights(folder, record.get("dtype")),
-    ]
+    config, record = _read(folder / "config.json"), read_record(folder)
+    problems = []
+    # Each with the file that it takes to be of the right shape.
+    for source, check in (
+        ("config.json", lambda: _check_stray(folder, names, (config.get(CONFIG_KEY) or {}).get("files", {}))),
+        ("config.json", lambda: _check_code(folder, config)),
+        (EXPORT_RECORD, lambda: _check_hashes(folder, names, record)),
+        ("modules.json", lambda: _check_modules(folder)),
+        (INDEX, lambda: _check_weights(folder, record["dtype"])),
+    ):
+        try:
+            problems += check()
+        except (AttributeError, KeyError, TypeError) as error:
+            problems.append(f"{source}: is not as an export writes it: {error!r}")
+    return problems
 
 
 def check_own_code(folder):

@@ -45,10 +45,9 @@ def runs(tmp_path_factory):
 
 
 def embed(model):
+    inputs = tiny_processor()(text=["a page about tides"])
     with torch.no_grad():
-        return torch.nn.functional.normalize(
-            model(**tiny_processor()(text=["a page about tides"])).pooler_output, dim=-1
-        )
+        return torch.nn.functional.normalize(model(**inputs).pooler_output, dim=-1)
 
 
 def test_every_checkpoint_opens_at_every_door(runs, tmp_path):

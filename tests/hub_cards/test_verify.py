@@ -136,6 +136,11 @@ def forget_code(folder):
     edit(folder / "config.json", remote_code=None)
 
 
+def change_shape_of_index(folder):
+    edit(folder / SHARDS, weight_map=None)
+    record_again(folder)
+
+
 def break_json(folder):
     (folder / "config.json").write_text("{")
 
@@ -159,6 +164,7 @@ TAMPERED = {
     lead_elsewhere: r"config\.json: auto_map leads to 'other/repo--modeling_moca\.MoCaModel'",
     foreign_module: r"modules\.json: 'os\.Normalize' is no module of sentence-transformers",
     forget_code: r"config\.json: does not say of which version the code is",
+    change_shape_of_index: r"model\.safetensors\.index\.json: is not as an export writes it",
     break_json: r"config\.json: is not JSON",
 }
 
@@ -229,9 +235,12 @@ def test_the_other_layouts_and_a_causal_model(tmp_path):
 
 def test_a_repository_is_downloaded_at_its_revision(exported, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        verify, "snapshot_download", lambda name, revision: (asked.append((name, revision)), exported)[1]
-    )
+
+    def download(name, revision):
+        asked.append((name, revision))
+        return exported
+
+    monkeypatch.setattr(verify, "snapshot_download", download)
     monkeypatch.setattr(verify, "_check_loading", lambda folder: ([], {"folder": str(folder)}))
     assert verify.verify("org/moca-tiny", revision="v1") == {"folder": str(exported)}
     assert asked == [("org/moca-tiny", "v1")]

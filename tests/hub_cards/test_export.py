@@ -155,7 +155,7 @@ def test_version_gate_refuses(exported, tmp_path):
         SentenceTransformer(str(folder), device="cpu")
 
 
-def test_script(exported, tmp_path, monkeypatch):
+def test_script(exported, tmp_path):
     script = Path(__file__).resolve().parents[2] / "examples" / "export.py"
     command = [sys.executable, str(script), "--model", str(exported.parent / "model"), "--repo", "org/moca-tiny"]
     command += ["--base-model", "org/base", "--license", "mit", "--language", "en", "de", "--datasets", "org/pairs"]

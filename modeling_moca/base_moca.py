@@ -43,6 +43,8 @@ class MoCaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "moca"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    # First parts of the names of tensors that a checkpoint may bring for more than this model.
+    _optional_tensors = ()
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -63,7 +65,8 @@ class MoCaPreTrainedModel(PreTrainedModel):
         # Tensors of another shape reach our own error, which lists them, instead of the stock one, which does not.
         kwargs["ignore_mismatched_sizes"] = True
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        refuse_misfit(pretrained_model_name_or_path, cls, info)
+        # Adapters of the other class are reported unfiltered.
+        refuse_misfit(pretrained_model_name_or_path, cls, info, cls._optional_tensors)
         return (model, info) if output_loading_info else model
 
     def set_attn_implementation(self, attn_implementation, **kwargs):

@@ -114,6 +114,8 @@ class MoCaConfig(PretrainedConfig):
             },
         )
         kwargs.pop("tie_word_embeddings", None)
+        # True of the folder that it was written for; another save may carry other code.
+        kwargs.pop("remote_code", None)
         self.backbone_config = backbone_config
         self.bidirectional = bidirectional
         self.pooling = pooling

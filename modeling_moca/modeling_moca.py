@@ -91,6 +91,7 @@ class MoCaModel(MoCaPreTrainedModel):
     """
 
     # The heads of a pre-training checkpoint are left out on purpose, not by accident.
+    _optional_tensors = ("mlm_head.", "mae_head.")
     _keys_to_ignore_on_load_unexpected = [r"^mlm_head\.", r"^mae_head\."]
 
     def __init__(self, config):

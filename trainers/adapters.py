@@ -39,7 +39,9 @@ def language_model_layers(model):
     """
     language_model = getattr(model, "moca", model).language_model
     name = next(name for name, module in model.named_modules() if module is language_model)
-    return rf"{re.escape(name)}\.layers\.\d+\..*_proj"
+    # With the outer name or without: AutoModel loads adapters of the pre-training model into the model inside it.
+    name = re.sub(r"^moca\\\.", r"(moca\\.)?", re.escape(name))
+    return rf"{name}\.layers\.\d+\..*_proj"
 
 
 def add_adapters(model, peft_config):

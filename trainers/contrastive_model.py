@@ -15,9 +15,8 @@ from transformers import AutoConfig
 from modeling_moca import MoCaConfig
 
 from .adapters import is_adapted, merge_adapters
+from .sentence_modules import POOLING_MODES
 from .sharding import own_class
-
-_POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
 
 
 def build_sentence_transformer(
@@ -66,7 +65,7 @@ def build_sentence_transformer(
     if max_length is not None:
         # Saved with the model; the tokenizer's own limit can only lower it.
         transformer.processor.max_length = max_length
-    pooling = Pooling(config.hidden_size, pooling_mode=_POOLING_MODES[config.pooling])
+    pooling = Pooling(config.hidden_size, pooling_mode=POOLING_MODES[config.pooling])
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
 
 

@@ -19,6 +19,7 @@ from .flops import FlopsMeter
 from .hub_push import HubPushMixin
 from .masking import IGNORE_INDEX
 from .resumable import ResumableMixin
+from .sentence_modules import write_sentence_modules
 from .sharding import own_class, without_copies
 from .whole_model import WholeModelMixin
 
@@ -241,6 +242,12 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
         # Where weights are sharded every rank comes here, and the first one writes.
         if not self.args.should_save:
             return
+        config = model.get_base_model().config if is_adapted(model) else model.config
+        if self.processing_class is not None:
+            write_sentence_modules(config, output_dir)
+        if is_adapted(model) and not self._saves_whole:
+            # Under another name: transformers takes a folder with a config.json for a whole model.
+            config.to_json_file(os.path.join(output_dir, "moca_config.json"))
         # As JSON, not as the usual pickle: the folder is meant to be given away.
         os.remove(os.path.join(output_dir, TRAINING_ARGS_NAME))
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:

@@ -66,6 +66,7 @@ def test_folder_holds_what_it_needs_and_nothing_else(exported):
         "config.json",
         "config_sentence_transformers.json",
         "model.safetensors",
+        "moca_export.json",
         "modules.json",
         "processor_config.json",
         "sentence_bert_config.json",
@@ -156,16 +157,36 @@ def test_version_gate_refuses(exported, tmp_path):
 
 def test_script(exported, tmp_path):
     script = Path(__file__).resolve().parents[2] / "examples" / "export.py"
-    arguments = [
-        "--model",
-        str(exported.parent / "model"),
-        "--output",
-        str(tmp_path / "out"),
-        "--base-model",
-        "org/base",
-    ]
-    run([str(script), *arguments], tmp_path)
-    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "org/base"
+    command = [sys.executable, str(script), "--model", str(exported.parent / "model"), "--repo", "org/moca-tiny"]
+    command += ["--base-model", "org/base", "--license", "mit", "--language", "en", "de", "--datasets", "org/pairs"]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    card = ModelCard.load(tmp_path / "moca-tiny" / "README.md")
+    assert card.data.base_model == "org/base" and card.data.license == "mit"
+    assert card.data.language == ["en", "de"] and card.data.datasets == ["org/pairs"]
+    assert 'SentenceTransformer("org/moca-tiny", trust_remote_code=True)' in card.text
+    refused = subprocess.run(
+        [*command, "--repo", "moca"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "The repository must be named owner/name, got 'moca'" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, r"dtype must be one of \['float32', 'bfloat16', 'float16'\], got 'int8'"),
+        ({"license": "Apache 2"}, "The licence 'Apache 2' is none that the Hub knows; allowed are"),
+        ({"license": "other"}, "license='other' and license_name belong together, got 'other' and None"),
+        ({"language": "English"}, "The language 'English' is no ISO 639 code"),
+        ({"datasets": ["a/b/c"]}, "The data set 'a/b/c' is no Hub id"),
+        ({"base_model": "a b"}, "The base_model 'a b' is no Hub id"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_written(settings, message, exported, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(exported.parent / "model", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_folders_are_named(exported, tmp_path):

@@ -311,12 +311,12 @@ def test_export_pushes_what_it_wrote(client, published, tmp_path, monkeypatch, c
         runpy.run_path(script, run_name="__main__")
 
     name, num_requests = "org/other", len(client.requests)
-    run_script("--output", str(tmp_path / "dry"), "--model-id", name, "--push", "--dry-run")
+    run_script("--output", str(tmp_path / "dry"), "--repo", name, "--push", "--dry-run")
     assert len(client.requests) == num_requests
-    run_script("--output", str(tmp_path / "out"), "--model-id", name, "--push", "--public")
+    run_script("--output", str(tmp_path / "out"), "--repo", name, "--push", "--public")
     assert not client.repository(name).private
     assert without_attributes(client.files(name)) == content(tmp_path / "out")
-    for flags, message in ((["--push"], "--push needs --model-id"), (["--public"], "go with --push")):
+    for flags, message in ((["--push"], "--push needs --repo"), (["--public"], "go with --push")):
         with pytest.raises(SystemExit):
             run_script("--output", str(tmp_path / "none"), *flags)
         assert message in capsys.readouterr().err and not (tmp_path / "none").exists()

@@ -1,0 +1,38 @@
+"""Run by a test in a process that knows nothing of this project: checkpoints of training through every door.
+
+python check_checkpoints.py CASES_FILE, a JSON list of {"folder", "is_pretraining", "expected"}
+"""
+
+import json
+import sys
+
+# A script beside this one; importing it makes this project's packages impossible to import.
+import check_export  # noqa: F401
+
+import torch  # isort: skip
+from sentence_transformers import SentenceTransformer  # isort: skip
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor  # isort: skip
+
+
+def main(cases_file):
+    with open(cases_file) as file:
+        cases = json.load(file)
+    for case in cases:
+        folder = case["folder"]
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        inputs = processor(text=["a page about tides"], return_tensors="pt")
+        doors = [AutoModel, *([AutoModelForPreTraining] if case["is_pretraining"] else [])]
+        models = [door.from_pretrained(folder, trust_remote_code=True).eval() for door in doors]
+        with torch.no_grad():
+            found = [torch.nn.functional.normalize(model(**inputs).pooler_output[0], dim=-1) for model in models]
+        sentence_model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+        found += sentence_model.encode(["a page about tides"], convert_to_tensor=True)
+        for loaded in (*models, processor, sentence_model[0].model):
+            assert type(loaded).__module__.startswith("transformers_modules."), type(loaded).__module__
+        for embedding in found:
+            error = (embedding - torch.tensor(case["expected"])).abs().max().item()
+            assert error < 1e-5, f"{folder}: {error}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -19,6 +19,9 @@ def main():
     parser.add_argument("--model-id", help="name that the card's snippets load, for example org/moca-3b")
     parser.add_argument("--base-model", help="Hub id of the backbone, for the card")
     parser.add_argument("--license", help="licence id of the weights, for the card")
+    parser.add_argument(
+        "--results", nargs="*", default=[], help="result files (JSON) for the card, see hub_cards/results.py"
+    )
     parser.add_argument("--prompts", type=json.loads, help='JSON, for example {"query": "Find: "}')
     parser.add_argument(
         "--layout", default="embedding", choices=LAYOUTS, help="one vector an input, or one a token (late interaction)"
@@ -37,6 +40,7 @@ def main():
         model_id=args.model_id,
         base_model=args.base_model,
         license=args.license,
+        results=args.results,
         layout=args.layout,
         projection_dim=args.projection_dim,
         overwrite=args.overwrite,

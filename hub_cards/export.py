@@ -11,7 +11,9 @@ from packaging.requirements import Requirement
 from modeling_moca import MoCaConfig, MoCaModel, MoCaProcessor
 
 from .card import write_card
+from .card_record import read_record
 from .layouts import embedding_model, multi_vector_model, new_projection, trained_projection
+from .results import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ def export(model_dir, out_dir, *, layout="embedding", projection_dim=None, overw
     processor = MoCaProcessor.from_pretrained(model_dir)
     if projection_dim is not None:
         projection = new_projection(model.config.hidden_size, projection_dim)
+    # Before anything is removed or written.
+    read_results(settings.get("results", ()))
+    settings.setdefault("stages", read_record(model_dir))
     _clear(out_dir, model_dir, overwrite)
     return export_model(model, processor, out_dir, layout=layout, projection=projection, **settings)
 
@@ -81,6 +86,8 @@ def export_model(
     license=None,
     language=None,
     datasets=None,
+    stages=None,
+    results=(),
 ):
     """Write a model that is in memory; see [`export`].
 
@@ -95,6 +102,8 @@ def export_model(
         license (`str`, *optional*): licence id of the weights, for the card.
         language (`str` or `list[str]`, *optional*): language codes, for the card.
         datasets (`list[str]`, *optional*): Hub ids of training data, for the card.
+        stages (`list[dict]`, *optional*): record of training, for the card.
+        results (iterable of `str` or `os.PathLike`): files of results, for the card, see [`hub_cards.results`].
 
     Returns:
         `pathlib.Path`: `out_dir`.
@@ -107,6 +116,7 @@ def export_model(
         raise ValueError(f"layout must be one of {list(LAYOUTS)}, got {layout!r}.")
     if projection is not None and layout != "multi_vector":
         raise ValueError(f"A projection of token vectors needs layout='multi_vector', got {layout!r}.")
+    read_results(results)
     _clear(out_dir, None, overwrite=False)
     model.save_pretrained(out_dir)
     processor.save_pretrained(out_dir)
@@ -121,12 +131,9 @@ def export_model(
     write_card(
         out_dir,
         layout,
-        model,
-        processor,
-        versions,
         model_id=model_id,
-        projection_dim=None if projection is None else projection.out_features,
-        prompts=prompts,
+        stages=stages or [],
+        results=results,
         base_model=base_model,
         license=license,
         language=language,

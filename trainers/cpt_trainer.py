@@ -284,13 +284,14 @@ class CPTTrainer(ResumableMixin, WholeModelMixin, Trainer):
     def _record_counts(self, seen):
         counts = self._run_counts.tolist()
         named = {name.removeprefix("num_"): number for name, number in zip(NAMES, counts)}
-        # Positions are tokens with padding, and rows those that were read.
+        # Tokens with padding, which the model does not see.
         named.pop("positions")
-        named["rows"] -= self._counts.num_bad_rows(counts)
         if self._mixture is None:
             reasons = [f"0/skipped:{reason}" for reason in BAD_ROW_REASONS]
             seen.update({name: number for name, number in zip(reasons, counts[len(NAMES) :]) if number})
-            seen["0/used_rows"] = named["rows"]
+            seen["0/used_rows"] = named["rows"] - self._counts.num_bad_rows(counts)
+        # A mixture's readers are ahead of training.
+        named["rows"] = sum(number for name, number in seen.items() if name.endswith("/used_rows"))
         return named
 
     def _data_settings(self):

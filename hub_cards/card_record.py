@@ -137,9 +137,10 @@ def _summary(stage):
     for environment in stage["environments"]:
         devices = ", ".join(f"{count} x {name}" for name, count in environment["devices"].items())
         versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        ranks = f", {environment['num_processes']} processes ({environment['distributed']})"
         sentences.append(
-            f"Hardware: {devices}, {environment['num_processes']} processes ({environment['distributed']}), mixed "
-            f"precision: {environment['mixed_precision']}. Versions: {versions}."
+            f"Hardware: {devices}{ranks if environment['num_processes'] > 1 else ''}, mixed precision: "
+            f"{environment['mixed_precision']}. Versions: {versions}."
         )
     return " ".join(sentences)
 

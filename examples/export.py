@@ -46,6 +46,9 @@ def main():
     parser.add_argument("--license-link", help="for --license other")
     parser.add_argument("--language", nargs="+", help="language codes, for the card")
     parser.add_argument("--datasets", nargs="+", help="Hub ids of the training data, for the card")
+    parser.add_argument(
+        "--results", nargs="+", default=[], help="result files (JSON) for the card, see hub_cards/results.py"
+    )
     parser.add_argument("--push", action="store_true", help="push the verified folder to the Hub, as --repo")
     parser.add_argument("--public", action="store_true", help="--push: a new repository is public, not private")
     parser.add_argument("--dry-run", action="store_true", help="--push: only list what would be sent")
@@ -73,6 +76,7 @@ def main():
         license_link=args.license_link,
         language=args.language,
         datasets=args.datasets,
+        results=args.results,
         overwrite=args.overwrite,
         verify=True,
     )

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from hub_cards import write_training_card
 from trainers.adapters import add_embedding_adapters, check_adapter_settings
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_mixture import PairMixture, as_columns, prompts_of
@@ -82,7 +83,7 @@ def main():
         evaluation = as_columns(mixture.eval_datasets, seed=training_args.seed)
     if mixture.eval_datasets:
         training_args.prompts = {**prompts_of(mixture.eval_datasets), **(training_args.prompts or {})} or None
-    trainer = ContrastiveTrainer(model, training_args, train, evaluation or None)
+    trainer = ContrastiveTrainer(model, training_args, train, evaluation or None, card_writer=write_training_card)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.stopped:
         logger.info("Stopped by a signal; go on with --resume_from_checkpoint true.")

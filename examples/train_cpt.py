@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from transformers import AutoConfig, set_seed
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from hub_cards import write_training_card
 from modeling_moca import MoCaForPreTraining, MoCaProcessor
 from trainers.adapters import NEW_MODULES, add_adapters, check_adapter_settings
 from trainers.cpt_config import CPTConfig
@@ -121,7 +122,14 @@ def main():
         rows = CPTMixture(mixture.datasets, streaming=mixture.streaming, seed=training_args.seed)
     eval_rows = rows.split(mixture.test_split_size) if mixture.test_split_size is not None else None
 
-    trainer = CPTTrainer(model, training_args, train_dataset=rows, eval_dataset=eval_rows, processing_class=processor)
+    trainer = CPTTrainer(
+        model,
+        training_args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        card_writer=write_training_card,
+    )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if trainer.stopped:
         logger.info("Stopped by a signal; go on with --resume_from_checkpoint true.")

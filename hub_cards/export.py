@@ -13,11 +13,13 @@ from packaging.requirements import Requirement
 from modeling_moca import MoCaForPreTraining, MoCaModel, MoCaProcessor
 
 from .card import write_card
+from .card_record import read_record
 from .checkpoint import load_checkpoint
 from .hub_metadata import check_metadata
 from .layouts import embedding_model, multi_vector_model, new_projection, trained_projection
 from .record import write_record
 from .remote_code import write_code_hash
+from .results import read_results
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,9 @@ def export(
     processor = MoCaProcessor.from_pretrained(model_dir)
     if projection_dim is not None:
         projection = new_projection(model.config.hidden_size, projection_dim)
+    # Before anything is removed or written.
+    read_results(settings.get("results", ()))
+    settings.setdefault("stages", read_record(model_dir))
     _clear(out_dir, model_dir, overwrite)
     return export_model(model, processor, out_dir, layout=layout, projection=projection, dtype=dtype, **settings)
 
@@ -101,6 +106,8 @@ def export_model(
     license_link=None,
     language=None,
     datasets=None,
+    stages=None,
+    results=(),
 ):
     """Write a model that is in memory; see [`export`].
 
@@ -122,6 +129,8 @@ def export_model(
         license_name, license_link (`str`, *optional*): of a licence `"other"`.
         language (`str` or `list[str]`, *optional*): language codes, for the card.
         datasets (`list[str]`, *optional*): Hub ids of training data, for the card.
+        stages (`list[dict]`, *optional*): record of training, for the card.
+        results (iterable of `str` or `os.PathLike`): files of results, for the card, see [`hub_cards.results`].
 
     Returns:
         `pathlib.Path`: `out_dir`.
@@ -138,6 +147,7 @@ def export_model(
     )
     if projection is not None and layout != "multi_vector":
         raise ValueError(f"A projection of token vectors needs layout='multi_vector', got {layout!r}.")
+    read_results(results)
     model = _published_model(model, layout, dtype)
     _clear(out_dir, None, overwrite=False)
     model.save_pretrained(out_dir, max_shard_size=max_shard_size)
@@ -155,13 +165,10 @@ def export_model(
     write_code_hash(out_dir)
     write_card(
         out_dir,
-        "multi_vector" if layout == "multi_vector" else "embedding",
-        model,
-        processor,
-        versions,
+        layout,
         model_id=model_id,
-        projection_dim=None if projection is None else projection.out_features,
-        prompts=prompts,
+        stages=stages or [],
+        results=results,
         base_model=base_model,
         license=license,
         license_name=license_name,

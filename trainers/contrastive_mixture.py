@@ -16,6 +16,7 @@ from .contrastive_rows import TALLY, Pair, make_pair
 from .contrastive_sources import PairSource
 from .row_images import BadRowError
 from .row_sources import check_weights, read_row, rows_of, sample_rows
+from .training_record import describe_source
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,16 @@ class PairMixture:
                 logger.info("data set %s: %s", source.task, entry)
             report[source.task] = entry
         return report
+
+    def record(self) -> list[dict]:
+        """Return what the record of a run says of each data set (see `trainers.training_record.describe_source`)."""
+        entries = []
+        for index, source in enumerate(self.sources):
+            entry = describe_source(source, None if self.streaming else len(self.loaded[index]))
+            if not self.streaming:
+                entry["skipped_rows"] = dict(Counter(row["reason"] for row in self.checked[index].rejected))
+            entries.append(entry)
+        return entries
 
 
 def prompts_of(sources: list[PairSource]) -> dict[str, dict[str, str]]:

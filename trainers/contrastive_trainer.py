@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from .hub_push import HubPushMixin
 from .progress import RateProgressCallback, TokenMeter
 from .resumable import ResumableMixin
 from .sharding import shard_by_layer
+from .training_record import public_name
 from .whole_model import WholeModelMixin
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,8 @@ class ContrastiveTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Sentence
             nDCG@10 and P@1 of finding the queries' right answers among all positives and negatives of the dev set.
             Evaluation draws no random numbers that training would have drawn.
         loss: an `InfoNCELoss` with the settings of `args` when None.
+        card_writer: writes the model card of a folder when the trainer pushes to the Hub, for one
+            `hub_cards.write_training_card`; none is written when None.
         kwargs: passed to `SentenceTransformerTrainer`.
 
     Raises:
@@ -76,6 +80,7 @@ class ContrastiveTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Sentence
 
     data_collator_class = ContrastiveDataCollator
     training_args_class = ContrastiveConfig
+    stage_name = "contrastive fine-tuning"
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class ContrastiveTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Sentence
         train_dataset: PairMixture | Mapping[str, Dataset] | Dataset | None = None,
         eval_dataset: Mapping[str, Dataset] | Dataset | None = None,
         loss: nn.Module | None = None,
+        card_writer: Callable | None = None,
         **kwargs,
     ) -> None:
         if args.n_gpu > 1:
@@ -104,6 +110,9 @@ class ContrastiveTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Sentence
         self._dev_rows = _by_task(eval_dataset, "eval") or {}
         self._dev_sets: dict[str, RetrievalSet] = {}
         check_log_names([*(mixture.tasks if mixture is not None else []), *self._dev_rows])
+        names = [*(mixture.tasks if mixture is not None else []), *self._dev_rows]
+        renamed = {log_name(name): log_name(public_name(name)) for name in names if public_name(name) != name}
+        self._begin_record(model[0].model, card_writer, renamed)
         super().__init__(model, args, mixture, self._dev_rows or None, loss, **kwargs)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(RateProgressCallback)
@@ -188,8 +197,27 @@ class ContrastiveTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Sentence
         counts = np.array(batch["data"]["counts"])
         self._data_counts += counts
         self._step_counts += counts.sum(0)
+        self._count_rows(counts, batch["data"]["rejected"])
+        num_tokens = self._meter.totals[0]
         self._meter.add(self.collect_features(batch["inputs"])[0])
+        self._count("all", "tokens", self._meter.totals[0] - num_tokens)
         return batch["inputs"]
+
+    def _count_rows(self, counts: np.ndarray, rejected: list[dict]) -> None:
+        """Keep counts of data sets, [T, len(COUNTS)], and rows that turned out bad, for the record."""
+        for name in ("used_rows", "repeated_rows", "missing_negatives"):
+            column = COUNTS.index("num_rows" if name == "used_rows" else f"num_{name}")
+            for index in np.flatnonzero(counts[:, column]).tolist():
+                self._count(index, name, int(counts[index, column]))
+        for row in rejected:
+            self._count(self._schedule.mixture.tasks.index(row["dataset"]), f"skipped:{row['reason']}")
+
+    def _record_sources(self) -> list[dict[str, Any]]:
+        return [] if self._schedule is None else self._schedule.mixture.record()
+
+    def _record_counts(self, seen: Counter) -> dict[str, int]:
+        rows = sum(number for name, number in seen.items() if name.endswith("/used_rows"))
+        return {"rows": rows, "tokens": seen["all/tokens"]}
 
     def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> None:
         """None: the loss is a mean over rows. Ranks tell each other of bad rows and signals here, once a step."""

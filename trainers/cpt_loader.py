@@ -15,7 +15,8 @@ class MixtureBatches(RankBatches):
 
     Every item is `{"inputs": dict, "data": dict}`: what [`trainers.CPTCollator.encode`] returns; and `worker`, `state`
     (JSON, after this batch), `rejected` (list of `dict`), `num_rows` (read since the last batch, bad ones included),
-    `num_cut_rows`, `num_cut_tokens` and `cost` of this batch.
+    `sources` (used and bad rows, as `[index of the source, "used_rows" or "skipped:<reason>"]`), `num_cut_rows`,
+    `num_cut_tokens` and `cost` of this batch.
 
     Args:
         mixture ([`trainers.CPTMixture`]): rows.
@@ -56,6 +57,7 @@ class MixtureBatches(RankBatches):
                     "state": json.dumps(batches.state_dict()),
                     "rejected": [_report(*bad) for bad in rejected],
                     "num_rows": batches.num_read - num_read,
+                    "sources": _by_source(rows, rejected, undecodable),
                     "num_cut_rows": sum(row.num_cut_tokens > 0 for _, row in rows),
                     "num_cut_tokens": sum(row.num_cut_tokens for _, row in rows),
                     "cost": sum(row.cost for _, row in rows),
@@ -166,6 +168,12 @@ class _Draws:
 
     def state_dict(self):
         return None
+
+
+def _by_source(rows, rejected, undecodable):
+    bad = {index for index, _ in undecodable}
+    used = [[row.source, "used_rows"] for index, (row, _) in enumerate(rows) if index not in bad]
+    return used + [[row.source, f"skipped:{error.reason}"] for row, error in rejected]
 
 
 def _report(row, error):

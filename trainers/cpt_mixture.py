@@ -58,12 +58,14 @@ class MixtureRow:
         row (`str`): identifier within it.
         epoch (`int`): pass over the source.
         content (`dict`): `text` and `images`.
+        source (`int`): index of its source, since two may have one label.
     """
 
     dataset: str
     row: str
     epoch: int
     content: dict
+    source: int
 
 
 class CPTMixture:
@@ -177,7 +179,7 @@ class IndexedRows:
     def __next__(self):
         source, epoch, index = self._draw()
         content, row = interleaved(read_row(self._mixture.loaded[source], index), self._mixture.sources[source])
-        return MixtureRow(self._mixture.sources[source].label, row or f"row {index}", epoch, content)
+        return MixtureRow(self._mixture.sources[source].label, row or f"row {index}", epoch, content, source)
 
     def draws(self):
         """Yield source, epoch of the source and index of every row, without reading it."""
@@ -243,7 +245,7 @@ class StreamedRows:
         row, number, epoch = next(self._streams[chosen])
         content, name = interleaved(row, self._mixture.sources[chosen])
         name = name or f"row {number} of reader {self._reader}"
-        return MixtureRow(self._mixture.sources[chosen].label, name, epoch, content)
+        return MixtureRow(self._mixture.sources[chosen].label, name, epoch, content, chosen)
 
     def state_dict(self):
         """Return what to go on from."""

@@ -6,6 +6,7 @@ import time
 import torch
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import has_length
 
 from .adapters import freeze_vision_tower, is_adapted, merge_adapters
 from .batch_loader import make_loader
@@ -15,12 +16,14 @@ from .cpt_config import CPTConfig
 from .cpt_counts import NAMES, StepCounts
 from .cpt_loader import MixtureBatches, count_steps
 from .cpt_mixture import CPTMixture
+from .cpt_rows import BAD_ROW_REASONS
 from .flops import FlopsMeter
 from .hub_push import HubPushMixin
 from .masking import IGNORE_INDEX
 from .resumable import ResumableMixin
 from .sentence_modules import write_sentence_modules
 from .sharding import own_class, without_copies
+from .training_record import describe_source
 from .whole_model import WholeModelMixin
 
 
@@ -48,6 +51,8 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
         processing_class ([`MoCaProcessor`]): makes the batches, and is saved with every checkpoint.
         data_collator (`Callable`, *optional*): a [`CPTCollator`] made from `args` when omitted; one that is given
             serves evaluation too, as it is.
+        card_writer (`Callable`, *optional*): writes the model card of a folder when the trainer pushes to the Hub,
+            `hub_cards.write_training_card` for one; none is written when omitted.
         kwargs: passed on to [`~transformers.Trainer`].
 
     Raises:
@@ -66,8 +71,9 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
 
     # The model divides by the counts of the whole step.
     loss_is_scaled_for_ga = True
+    stage_name = "continual pre-training"
 
-    def __init__(self, model, args=None, *, processing_class=None, data_collator=None, **kwargs):
+    def __init__(self, model, args=None, *, processing_class=None, data_collator=None, card_writer=None, **kwargs):
         args = CPTConfig(output_dir="moca-cpt") if args is None else args
         if args.n_gpu > 1:
             raise ValueError(f"One process drives one device, got {args.n_gpu}; start with `accelerate launch`.")
@@ -110,6 +116,7 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
                 args.max_steps = count_steps(self._mixture, data_collator, args)
         if args.freeze_vision:
             freeze_vision_tower(model)
+        self._begin_record(model, card_writer)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         self._begin_sharding(model)
         sources = None if self._mixture is None else [source.label for source in self._mixture.sources]
@@ -154,6 +161,8 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
             return batch
         data, inputs = batch["data"], batch["inputs"]
         self._take_data(data)
+        for source, what in data["sources"]:
+            self._count(source, what)
         inputs["skipped_rows"] = self._counts.rejected(data["rejected"])
         inputs["cut_rows"] = torch.tensor([data["num_cut_rows"], data["num_cut_tokens"]])
         inputs["num_rows"] = data["num_rows"]
@@ -169,6 +178,7 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
         # Ranks of one tensor-parallel group hold the same batch.
         counts = self.accelerator.reduce(counts, "sum") // self.get_tp_size()
         self._train_counts += counts
+        self._run_counts += counts
         self._train_steps += 1
         self._keep_counts(counts)
         return counts[:2]
@@ -257,6 +267,7 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
         return {
             "losses": self._train_losses.tolist(),
             "counts": self._train_counts.tolist(),
+            "run_counts": self._run_counts.tolist(),
             "steps": self._train_steps,
             "flops": self._flops.total,
             "seconds": time.perf_counter() - self._train_start,
@@ -265,9 +276,31 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
     def _load_run_totals(self, state):
         self._train_losses += torch.tensor(state["losses"], device=self.args.device)
         self._train_counts += torch.tensor(state["counts"], device=self.args.device)
+        self._run_counts += torch.tensor(state["run_counts"], device=self.args.device)
         self._train_steps = state["steps"]
         self._flops.total = state["flops"]
         self._train_start -= state["seconds"]
+
+    def _record_sources(self):
+        if self._mixture is not None:
+            streaming, loaded = self._mixture.streaming, self._mixture.loaded
+            sizes = [None] * len(loaded) if streaming else map(len, loaded)
+            return [describe_source(source, size) for source, size in zip(self._mixture.sources, sizes)]
+        rows = self.train_dataset
+        return [] if rows is None else [{"name": "train_dataset", **({"rows": len(rows)} if has_length(rows) else {})}]
+
+    def _record_counts(self, seen):
+        counts = self._run_counts.tolist()
+        named = {name.removeprefix("num_"): number for name, number in zip(NAMES, counts)}
+        # Tokens with padding, which the model does not see.
+        named.pop("positions")
+        if self._mixture is None:
+            reasons = [f"0/skipped:{reason}" for reason in BAD_ROW_REASONS]
+            seen.update({name: number for name, number in zip(reasons, counts[len(NAMES) :]) if number})
+            seen["0/used_rows"] = named["rows"] - self._counts.num_bad_rows(counts)
+        # A mixture's readers are ahead of training.
+        named["rows"] = sum(number for name, number in seen.items() if name.endswith("/used_rows"))
+        return named
 
     def _data_settings(self):
         if self._mixture is None:
@@ -308,6 +341,7 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
         # Anew for every run, since what is trained may have been changed.
         self._flops = FlopsMeter(self.accelerator.unwrap_model(self.model), self.args.device)
         super()._start_run()
+        self._run_counts = self._counts.zeros(self.args.device)
         self._start_train_window()
 
     def _start_train_window(self):

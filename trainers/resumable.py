@@ -18,13 +18,14 @@ from .checkpoints import (
     find_checkpoint,
     mark_complete,
 )
+from .recorded import RecordMixin
 
 
-class ResumableMixin:
+class ResumableMixin(RecordMixin):
     """Beside [`~transformers.Trainer`]: bit-identical resuming of runs whose loader hands over its readers' states.
 
     Checkpoints count once they are whole; rejected rows are listed in `rejected.jsonl`; SIGTERM saves a checkpoint and
-    ends training on all ranks (`trainer.stopped`).
+    ends training on all ranks (`trainer.stopped`). Each checkpoint holds the run's record ([`RecordMixin`]).
 
     A trainer calls `_begin_resumable` when it is made, `_start_run` before each run, `_take_data` for each batch, and
     `_keep_counts` once a step; and has `_read_counts`, `_data_settings`, `_run_totals`, `_load_run_totals` and
@@ -37,6 +38,7 @@ class ResumableMixin:
         self.add_callback(StopCallback(lambda: self.stopped))
 
     def _start_run(self):
+        self._start_record()
         self._num_batches, self._reader_states = 0, None
         self._num_rows = self._num_bad_rows = 0
         self._rejected, self._unsettled = [], None
@@ -84,6 +86,9 @@ class ResumableMixin:
             os.remove(os.path.join(folder, MARKER))
         # Older checkpoints go once this one is whole, not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._gather_record()
+        if self.args.should_save:
+            self._write_record(self.args.output_dir)
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -94,6 +99,7 @@ class ResumableMixin:
             json.dump(self._run_state(), file)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self._write_record(folder)
             mark_complete(folder)
         self._push_checkpoint(folder)
         if self.args.should_save:
@@ -136,6 +142,7 @@ class ResumableMixin:
             "readers": self._reader_states,
             "num_rows": self._num_rows,
             "num_bad_rows": self._num_bad_rows,
+            "record": self._record_state(),
             **self._run_totals(),
         }
 
@@ -159,6 +166,7 @@ class ResumableMixin:
             raise ValueError(f"The checkpoint {folder} goes on with other data than this run has: {changed}.")
         self._num_batches, self._reader_states = state["num_batches"], state["readers"]
         self._num_rows, self._num_bad_rows = state["num_rows"], state["num_bad_rows"]
+        self._load_record_state(state["record"])
         self._load_run_totals(state)
 
     def _write_rejected(self):
@@ -191,6 +199,9 @@ class ResumableMixin:
             output = super().train(resume_from_checkpoint=resume, **kwargs)
         self._settle_counts()
         self._write_rejected()
+        self._gather_record(is_over=True)
+        if self.args.should_save:
+            self._write_record(self.args.output_dir)
         return output
 
 

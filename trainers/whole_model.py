@@ -9,7 +9,8 @@ from .sharding import sum_in_float32, whole_weights
 class WholeModelMixin:
     """Beside [`~transformers.Trainer`]: a final folder that holds every weight, whatever checkpoints hold.
 
-    A trainer calls `_begin_sharding` when it is made; its `_save` merges adapters while `_saves_whole` is set.
+    A trainer calls `_begin_sharding` when it is made; its `_save` merges adapters while `_saves_whole` is set. The
+    folder also holds the run's record ([`trainers.recorded.RecordMixin`]).
     """
 
     _saves_whole = False
@@ -42,6 +43,8 @@ class WholeModelMixin:
         try:
             with whole_weights(self.accelerator):
                 super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self._write_record(self.args.output_dir if output_dir is None else output_dir)
         finally:
             self._saves_whole = False
 

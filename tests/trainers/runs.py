@@ -41,6 +41,12 @@ def wait_for(process, output, step):
     raise AssertionError(f"no checkpoint-{step} after five minutes")
 
 
+def record(output):
+    """Return the run's record, without what depends on the clock and on how often it was resumed."""
+    (stage,) = json.loads((output / "training_record.json").read_text())["stages"]
+    return {name: value for name, value in stage.items() if name not in ("seconds", "tokens_per_second", "resumes")}
+
+
 def result(output):
     """Return logs, weights and rejected rows of a finished run."""
     curve = json.loads((output / "curve.json").read_text())

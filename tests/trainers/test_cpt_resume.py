@@ -61,6 +61,7 @@ def test_killed_at_random_points(folder, whole, tmp_path, mode):
     assert curve == expected_curve, (seed, points)
     assert len(curve) == 4 and weights == expected_weights, (seed, points)
     assert rejected == expected_rejected and len(rejected) >= 2, (seed, points)
+    assert runs.record(tmp_path) == runs.record(folder / f"whole-{mode}"), (seed, points)
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over(folder, whole, tmp_path):
@@ -93,11 +94,12 @@ def test_termination_saves_and_stops(folder, whole, tmp_path):
 def test_two_ranks_resume(folder, tmp_path):
     arguments = setting_flags(streaming=True, dataloader_num_workers=1, max_steps=6, save_steps=3)
     start_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
-    expected = result(tmp_path / "run")
+    expected, expected_record = result(tmp_path / "run"), runs.record(tmp_path / "run")
     assert expected[0][0]["num_rows"] > 20
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
     start_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
     assert result(tmp_path / "run") == expected
+    assert runs.record(tmp_path / "run") == expected_record
 
 
 def test_what_can_be_resumed(folder, tmp_path):

@@ -9,7 +9,9 @@ import subprocess
 import time
 from pathlib import Path
 
-COMMAND = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+COMMAND = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 class Chromium:

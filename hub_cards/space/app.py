@@ -27,6 +27,8 @@ logger = logging.getLogger("space")
 # System fonts: the page loads nothing from elsewhere.
 THEME = gr.themes.Default(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = ".gradio-container {max-width: 1200px !important; margin: auto} #ranking .caption-label {max-width: 95%}"
+# Uploads and pictures are looked through every so often and deleted when so old, both in seconds.
+DELETE_CACHE = (1800, 3600)
 BATCH_SIZE = int(os.environ.get("MOCA_BATCH_SIZE", 4))
 
 
@@ -40,7 +42,7 @@ class Search:
 
     def __init__(self, model, pretraining_model=None):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.name = model
+        self.name = Path(model).name if Path(model).is_dir() else model
         self.embedder = SentenceTransformer(model, trust_remote_code=True, device=device)
         self.restorer = None
         if pretraining_model:
@@ -102,11 +104,11 @@ def _ranked(state):
 
 def build(search):
     """Return the page of a [`Search`] as `gradio.Blocks`."""
-    with gr.Blocks(title="Search pages with MoCa", analytics_enabled=False) as page:
+    with gr.Blocks(title="Search pages with MoCa", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
         gr.Markdown(
             f"# Search pages with MoCa\nDrop images or PDF files and type what you look for. Pages are embedded as "
-            f"images by `{search.name}`: no text is extracted. At most {MAX_PAGES} pages, {MAX_FILE_MB} MB a file; "
-            "nothing is kept after you leave."
+            f"images by `{search.name}`: no text is extracted. At most {MAX_PAGES} pages, {MAX_FILE_MB} MB a file; files "
+            "are deleted within two hours."
         )
         state, place = gr.State({}), gr.State(0)
         with gr.Row():
@@ -123,8 +125,10 @@ def build(search):
                     picture = gr.Image(label="Query image", type="pil", height=180, elem_id="picture")
                 button = gr.Button("Search", variant="primary", elem_id="search")
             with gr.Column(scale=5):
+                gr.Markdown("**Pages, best first**")
                 ranking = gr.Gallery(
                     label="Pages, best first",
+                    show_label=False,
                     columns=3,
                     height=460,
                     object_fit="contain",
@@ -146,8 +150,13 @@ def _add_masked_view(search, events, ranking, state, place):
         ratio = gr.Slider(0.1, 0.9, value=0.5, step=0.1, label="Hidden share of the page", elem_id="ratio")
         seed = gr.Number(value=0, precision=0, label="Seed of the mask", elem_id="seed")
     with gr.Row():
-        labels = ("Masked", "Reconstructed", "Original")
-        views = [gr.Image(label=label, format="png", elem_id=label.lower(), buttons=[]) for label in labels]
+        views = []
+        for label in ("Masked", "Reconstructed", "Original"):
+            with gr.Column(min_width=200):
+                # Above the picture: gradio's own label would cover its corner.
+                gr.Markdown(f"**{label}**")
+                picture = gr.Image(label=label, show_label=False, format="png", height=300, elem_id=label.lower())
+                views.append(picture)
     words = gr.Markdown(elem_id="words")
     given, found = [state, place, ratio, seed], [*views, words]
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 logger = logging.getLogger("space")
 # System fonts: the page loads nothing from elsewhere.
 THEME = gr.themes.Default(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = ".gradio-container {max-width: 1200px !important; margin: auto} #ranking .caption-label {max-width: 95%}"
+CSS = ".gradio-container {max-width: 1200px !important; margin: auto} #ranking .caption-label {max-width: 95%} .masked-view img {width: 100%; object-fit: contain}"
 # Uploads and pictures are looked through every so often and deleted when so old, both in seconds.
 DELETE_CACHE = (1800, 3600)
 BATCH_SIZE = int(os.environ.get("MOCA_BATCH_SIZE", 4))
@@ -107,8 +107,8 @@ def build(search):
     with gr.Blocks(title="Search pages with MoCa", analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
         gr.Markdown(
             f"# Search pages with MoCa\nDrop images or PDF files and type what you look for. Pages are embedded as "
-            f"images by `{search.name}`: no text is extracted. At most {MAX_PAGES} pages, {MAX_FILE_MB} MB a file; files "
-            "are deleted within two hours."
+            f"images by `{search.name}`: no text is extracted. At most {MAX_PAGES} pages, {MAX_FILE_MB} MB a file; "
+            "files are deleted within two hours."
         )
         state, place = gr.State({}), gr.State(0)
         with gr.Row():
@@ -155,7 +155,15 @@ def _add_masked_view(search, events, ranking, state, place):
             with gr.Column(min_width=200):
                 # Above the picture: gradio's own label would cover its corner.
                 gr.Markdown(f"**{label}**")
-                picture = gr.Image(label=label, show_label=False, format="png", height=300, elem_id=label.lower())
+                picture = gr.Image(
+                    label=label,
+                    show_label=False,
+                    format="png",
+                    height=240,
+                    elem_id=label.lower(),
+                    elem_classes="masked-view",
+                    buttons=[],
+                )
                 views.append(picture)
     words = gr.Markdown(elem_id="words")
     given, found = [state, place, ratio, seed], [*views, words]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 pytest.importorskip("pypdfium2")
@@ -269,9 +268,3 @@ def test_search_in_a_browser(space, models, tmp_path):
     finally:
         server.terminate()
         server.wait(timeout=30)
-
-
-def test_what_is_compared_is_loaded_from_both_folders(models):
-    """The tiny models are not the same by accident: one has the head, the other the search layers."""
-    heads = {name for name in load_file(models / "pretraining" / "model.safetensors") if name.startswith("mae_head")}
-    assert heads and not any(name in load_file(models / "embedding" / "model.safetensors") for name in heads)

@@ -26,7 +26,11 @@ from transformers import AutoModelForPreTraining, AutoProcessor
 logger = logging.getLogger("space")
 # System fonts: the page loads nothing from elsewhere.
 THEME = gr.themes.Default(font=["ui-sans-serif", "system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-CSS = ".gradio-container {max-width: 1200px !important; margin: auto} #ranking .caption-label {max-width: 95%} .masked-view img {width: 100%; object-fit: contain}"
+CSS = """
+.gradio-container {max-width: 1200px !important; margin: auto}
+#ranking .caption-label {max-width: 95%}
+.masked-view img {width: 100%; object-fit: contain}
+"""
 # Uploads and pictures are looked through every so often and deleted when so old, both in seconds.
 DELETE_CACHE = (1800, 3600)
 BATCH_SIZE = int(os.environ.get("MOCA_BATCH_SIZE", 4))

@@ -118,6 +118,7 @@ class Chromium:
 
     def click(self, selector):
         """Click with the mouse in the middle of the element that a CSS selector names."""
+        self.wait_for(f"!!document.querySelector({json.dumps(selector)})")
         box = self.evaluate(
             f"(() => {{const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
             "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]})()"

@@ -78,8 +78,8 @@ def _base_model(folder, peft_config, model_class):
     path = folder / MOCA_CONFIG
     settings = {}
     if path.is_file():
-        config = MoCaConfig.from_json_file(path)
-        settings = {key: getattr(config, key) for key in SETTINGS}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = {key: config[key] for key in SETTINGS}
     if AutoConfig.from_pretrained(name, revision=revision).model_type == MoCaConfig.model_type:
         return model_class.from_pretrained(name, revision=revision, **settings)
     if not settings:

@@ -59,7 +59,7 @@ def test_every_checkpoint_opens_at_every_door(runs, tmp_path):
             "expected": embed(MoCaModel.from_pretrained(runs / name))[0].tolist(),
         }
         for name in RUNS
-        # transformers itself names the magnitudes of DoRA otherwise than peft saves them; such adapters are merged only.
+        # transformers names the magnitudes of DoRA otherwise than peft saves them: such adapters are merged only.
         if name != "contrastive_dora"
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))

@@ -94,8 +94,6 @@ def convert(
         _fill_heads(model, stock, published_head, source)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"conversion left tensors unfilled: {left}"
-    # Adapters are saved with the name of what they were trained on.
-    model.name_or_path = stock.name_or_path
     model.set_attn_implementation(attn_implementation or stock.config._attn_implementation)
     if mask_token_id is not None and mask_token_id >= config.vocab_size:
         logger.info(

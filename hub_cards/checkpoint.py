@@ -75,21 +75,18 @@ def _merged(folder, model_class, dtype):
 def _base_model(folder, peft_config, model_class):
     """Load what adapters were trained on: a MoCa model, or the backbone that training converted."""
     name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    if not name:
+        raise ValueError(
+            f"The adapters in {folder} do not say what they were trained on, as after a conversion within the run: "
+            "export the run's final folder, in which they are merged."
+        )
     path = folder / MOCA_CONFIG
     settings = {}
     if path.is_file():
-        config = MoCaConfig.from_json_file(path)
-        settings = {key: getattr(config, key) for key in SETTINGS}
+        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = {key: config[key] for key in SETTINGS}
     if AutoConfig.from_pretrained(name, revision=revision).model_type == MoCaConfig.model_type:
         return model_class.from_pretrained(name, revision=revision, **settings)
-    if not settings:
-        raise ValueError(
-            f"The adapters in {folder} were trained on {name}, which is no MoCa model, and there is no {MOCA_CONFIG} "
-            "that tells how it was converted."
-        )
-    if "mae_head" not in (peft_config.modules_to_save or ()):
-        raise ValueError(
-            f"The adapters in {folder} were trained on {name}, which has no MAE head, and do not bring the one that "
-            "was made for the run. Export the run's final folder."
-        )
-    return model_class.from_backbone(name, revision=revision, **settings)
+    raise ValueError(
+        f"The adapters in {folder} were trained on {name}, which is no MoCa model: export the run's final folder."
+    )

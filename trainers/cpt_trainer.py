@@ -257,7 +257,7 @@ class CPTTrainer(ResumableMixin, HubPushMixin, WholeModelMixin, Trainer):
             write_sentence_modules(config, output_dir)
         if is_adapted(model) and not self._saves_whole:
             # Under another name: transformers takes a folder with a config.json for a whole model.
-            config.to_json_file(os.path.join(output_dir, "moca_config.json"))
+            config.to_json_file(os.path.join(output_dir, "moca_config.json"), use_diff=False)
         # As JSON, not as the usual pickle: the folder is meant to be given away.
         os.remove(os.path.join(output_dir, TRAINING_ARGS_NAME))
         with open(os.path.join(output_dir, "training_args.json"), "w", encoding="utf-8") as file:

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from hub_cards import export
-from hub_cards.checkpoint import MOCA_CONFIG, load_checkpoint
+from hub_cards.checkpoint import load_checkpoint
 from modeling_moca import MoCaForPreTraining, MoCaModel
 from tests.hub_cards.test_export import run
 from tests.tiny import tiny_backbone, tiny_processor
@@ -19,7 +19,7 @@ from tests.trainers.test_cpt_adapters import make_trainer as cpt_trainer
 from trainers.adapters import add_adapters
 
 CHECK = Path(__file__).with_name("check_checkpoints.py")
-RUNS = ("cpt", "cpt_lora", "contrastive", "contrastive_dora")
+RUNS = ("cpt", "cpt_lora", "contrastive", "contrastive_lora", "contrastive_dora")
 SETTINGS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 
 
@@ -36,6 +36,7 @@ def runs(tmp_path_factory):
         cpt_trainer(folder / "cpt", start, **SETTINGS),
         cpt_trainer(folder / "cpt_lora", add_adapters(again, LoraConfig(r=4, lora_alpha=64)), **SETTINGS),
         contrastive_trainer(folder / "contrastive", build(start2), **SETTINGS),
+        contrastive_trainer(folder / "contrastive_lora", adapted(start2), **SETTINGS),
         contrastive_trainer(folder / "contrastive_dora", adapted(start2, use_dora=True), **SETTINGS),
     )
     for trainer in trainers:
@@ -58,6 +59,8 @@ def test_every_checkpoint_opens_at_every_door(runs, tmp_path):
             "expected": embed(MoCaModel.from_pretrained(runs / name))[0].tolist(),
         }
         for name in RUNS
+        # transformers names the magnitudes of DoRA otherwise than peft saves them: such adapters are merged only.
+        if name != "contrastive_dora"
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     run([str(CHECK), str(tmp_path / "cases.json")], tmp_path)
@@ -76,22 +79,11 @@ def test_checkpoints_are_exported_as_the_final_folder_is(name, runs, tmp_path):
     assert config["pooling"] == ("last" if name.startswith("cpt") else "mean")
 
 
-def test_adapters_of_a_converted_backbone(tmp_path):
-    """The folder that they were trained on is stock: how it was converted stands beside them."""
-    tiny_backbone().save_pretrained(tmp_path / "stock")
-    model = MoCaForPreTraining.from_backbone(tmp_path / "stock", mask_token_id=6, bidirectional=False)
-    trainer = cpt_trainer(tmp_path / "run", add_adapters(model, LoraConfig(r=4)), **SETTINGS)
-    trainer.train()
-    trainer.save_model()
-    checkpoint = tmp_path / "run" / "checkpoint-1"
-    merged = load_checkpoint(checkpoint, MoCaForPreTraining, dtype="bfloat16")
-    assert merged.config.bidirectional is False and merged.config.pooling == "last" and merged.dtype == torch.bfloat16
-    whole = MoCaForPreTraining.from_pretrained(tmp_path / "run").state_dict()
-    for key, tensor in load_checkpoint(checkpoint, MoCaForPreTraining).state_dict().items():
-        torch.testing.assert_close(tensor, whole[key], atol=1e-6, rtol=1e-5, msg=key)
-    (checkpoint / MOCA_CONFIG).unlink()
-    with pytest.raises(ValueError, match="which is no MoCa model, and there is no moca_config.json"):
-        load_checkpoint(checkpoint)
+def test_adapters_of_a_backbone_converted_in_the_run_are_refused(tmp_path):
+    model = MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6)
+    cpt_trainer(tmp_path / "run", add_adapters(model, LoraConfig(r=4)), **SETTINGS).train()
+    with pytest.raises(ValueError, match="do not say what they were trained on"):
+        load_checkpoint(tmp_path / "run" / "checkpoint-1")
 
 
 def test_what_cannot_be_merged_is_refused(runs, tmp_path):

@@ -131,7 +131,8 @@ def write_training_card(folder, **settings):
     >>> trainer = ContrastiveTrainer(model, args, pairs, card_writer=write_training_card)
     ```
     """
-    layout = "embedding" if (Path(folder) / "modules.json").is_file() else "pretraining"
+    architectures = MoCaConfig.from_pretrained(folder).architectures or []
+    layout = "pretraining" if "MoCaForPreTraining" in architectures else "embedding"
     return write_card(folder, layout, **settings)
 
 

@@ -133,7 +133,9 @@ def test_training_with_the_stock_trainer_and_publishing_again(exported, tmp_path
 
 def test_settings_are_checked(exported, tmp_path):
     folder = exported.parent / "model"
-    with pytest.raises(ValueError, match=r"layout must be one of \['embedding', 'multi_vector'\], got 'colbert'"):
+    with pytest.raises(
+        ValueError, match=r"layout must be one of \['embedding', 'multi_vector', 'pretraining'\], got 'colbert'"
+    ):
         export(folder, tmp_path / "out", layout="colbert")
     with pytest.raises(ValueError, match="needs layout='multi_vector', got 'embedding'"):
         export(folder, tmp_path / "out", projection_dim=8)

@@ -74,7 +74,7 @@ def test_killed_at_a_random_point(folder, whole, tmp_path, mode):
     assert len(curve) == 4 and weights == expected_weights, point
     assert rejected == expected_rejected and len(rejected) == 2, point
     assert (tmp_path / "data_report.json").read_text() == expected_report
-    assert runs.record(tmp_path) == runs.record(folder / f"whole-{MODES.index(mode)}"), point
+    assert runs.record(tmp_path) == runs.record(folder / f"whole-{mode}"), point
     checkpoint = Path(last_complete(tmp_path))
     assert (checkpoint / "adapter_model.safetensors").exists() == (mode != "full")
     if mode == "qlora":

@@ -85,13 +85,13 @@ def test_fsdp2_equals_one_process(folder):
         assert torch.equal(weights[name], tensor), name
 
 
-def text_rows_cost(always_use_vision):
+def text_rows_cost(output, always_use_vision):
     """Return how often the vision tower runs in one training step on rows without images."""
     calls = []
     model = MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6)
     model.moca.backbone.visual.register_forward_hook(lambda *args: calls.append(args))
     config = CPTConfig(
-        output_dir="unused", use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=1
+        output_dir=str(output), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=1
     )
     rows = [make_row(seed, 10, 0) for seed in range(8)]
     trainer = CPTTrainer(model, config, train_dataset=rows, processing_class=tiny_processor())
@@ -101,9 +101,9 @@ def text_rows_cost(always_use_vision):
     return len(calls)
 
 
-def test_a_step_without_images_costs_nothing_where_nothing_is_shared():
-    assert text_rows_cost(always_use_vision=False) == 0
-    assert text_rows_cost(always_use_vision=True) == 1
+def test_a_step_without_images_costs_nothing_where_nothing_is_shared(tmp_path):
+    assert text_rows_cost(tmp_path, always_use_vision=False) == 0
+    assert text_rows_cost(tmp_path, always_use_vision=True) == 1
 
 
 @pytest.mark.parametrize("model_class", [MoCaModel, MoCaForPreTraining])

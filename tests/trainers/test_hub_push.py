@@ -12,6 +12,7 @@ from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from hub_cards import write_training_card
 from modeling_moca import MoCaForPreTraining, MoCaModel, MoCaProcessor
 from tests.hub_cards.check_hub import inputs
 from tests.hub_cards.hub_server import Hub
@@ -59,7 +60,13 @@ def rows(number=8):
 def cpt_trainer(output, **settings):
     config = CPTConfig(output_dir=str(output), **{**SETTINGS, **settings})
     model = MoCaForPreTraining.from_backbone(tiny_backbone(), mask_token_id=6)
-    return CPTTrainer(model, config, train_dataset=rows(), processing_class=tiny_processor(max_length=128))
+    return CPTTrainer(
+        model,
+        config,
+        train_dataset=rows(),
+        processing_class=tiny_processor(max_length=128),
+        card_writer=write_training_card,
+    )
 
 
 def contrastive_trainer(folder, output, adapters=False, **settings):
@@ -72,7 +79,7 @@ def contrastive_trainer(folder, output, adapters=False, **settings):
         add_embedding_adapters(model, LoraConfig(r=4, init_lora_weights=False))
     config = ContrastiveConfig(output_dir=str(output), **{**SETTINGS, **settings})
     pairs = {"query": [f"query {i}" for i in range(8)], "positive": [f"answer {i}" for i in range(8)]}
-    return ContrastiveTrainer(model, config, {"pairs": Dataset.from_dict(pairs)})
+    return ContrastiveTrainer(model, config, {"pairs": Dataset.from_dict(pairs)}, card_writer=write_training_card)
 
 
 def at_message(hub, name, message):

@@ -91,18 +91,3 @@ def test_progress_bar_shows_rates(checkpoint, tmp_path, capfd):
     bar = capfd.readouterr().err
     for shown in (r"rows/s=\d", r"tokens/s=\d", r"nDCG@10=0\.\d", r"loss=\d"):
         assert re.search(shown, bar), shown
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
-def test_real_trackers(checkpoint, tmp_path, name, monkeypatch):
-    pytest.importorskip(name)
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "runs"))
-    logs_of(checkpoint, tmp_path / "output", report_to=name)
-    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
-    if name == "tensorboard":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        events = EventAccumulator(str(tmp_path / "runs"))
-        events.Reload()
-        assert {"eval/ndcg_at_10", "train/loss_org/my_texts", "train/padding"} <= set(events.Tags()["scalars"])

@@ -5,13 +5,13 @@
     python examples/evaluate_vidore.py --model moca-3b --output results --local-pages my_pages \
         --prompts '{"query": "Find: ", "document": "A page."}'
 
---model is an export, a folder or a Hub id. Prompts are written behind a page's image; the reference's are "Represent the
-given document image." with a line break for pages, and nothing for queries. --local-pages is a folder of Parquet files
-as the head of hub_cards/mteb_pages.py describes them. A run that was killed goes on when it is started again.
+--model is an export, a folder or a Hub id. Prompts are written behind a page's image; the reference's are "Represent
+the given document image." with a line break for pages, and nothing for queries. --local-pages is a folder of Parquet
+files as the head of hub_cards/mteb_pages.py describes them. A run that was killed goes on when it is started again.
 
-Intervals are paired and over queries. Where a task has several languages (ViDoRe v2 and v3), translations of one question
-are drawn together if every language has them in the same order; else the intervals are too narrow, and --languages eng
-leaves one.
+Intervals are paired and over queries. Where a task has several languages (ViDoRe v2 and v3), translations of one
+question are drawn together if every language has them in the same order; else the intervals are too narrow, and
+--languages eng leaves one.
 """
 
 import argparse
@@ -42,21 +42,26 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", help="for example cuda:0")
     args = parser.parse_args()
-    tasks = [task for name in args.benchmarks for task in mteb.get_benchmark(name).tasks]
+    groups = {name: list(mteb.get_benchmark(name).tasks) for name in args.benchmarks}
     if args.languages:
-        tasks = [task for task in (task.filter_languages(args.languages) for task in tasks) if task.hf_subsets]
+        for tasks in groups.values():
+            tasks[:] = [task for task in (task.filter_languages(args.languages) for task in tasks) if task.hf_subsets]
     if args.local_pages:
-        tasks.append(local_pages(args.local_pages, args.split))
-    if not tasks:
+        groups[args.local_pages] = [local_pages(args.local_pages, args.split)]
+    if not groups:
         parser.error("give --benchmarks, --local-pages or both")
     meta = model_meta(args.model, name=args.name)
-    rows, files = compare_prompts(
-        meta, tasks, args.output, prompts=args.prompts, device=args.device, batch_size=args.batch_size
-    )
+    written, card_files = {}, []
+    for name, tasks in groups.items():
+        rows, files = compare_prompts(
+            meta, tasks, args.output, prompts=args.prompts, device=args.device, batch_size=args.batch_size
+        )
+        written[name] = as_json(meta, args.prompts, rows)
+        card_files += files
+        print(f"{name}\n\n{as_table(rows)}\n")
     table = Path(args.output) / "prompts.json"
-    table.write_text(json.dumps(as_json(meta, args.prompts, rows), indent=2), encoding="utf-8")
-    print(as_table(rows))
-    print(f"\nWrote {table}. With the prompts, for examples/export.py --results:", *files, sep="\n")
+    table.write_text(json.dumps(written, indent=2), encoding="utf-8")
+    print(f"Wrote {table}. With the prompts, for examples/export.py --results:", *card_files, sep="\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def local_pages(folder, split="test", *, name=None):
         name (`str`, *optional*): of the task, in results; the folder's name and the split when omitted.
 
     Returns:
-        [`LocalPages`]: for `mteb.evaluate`. Its main score is nDCG@5, as in ViDoRe v2; its revision is a hash of the files.
+        [`LocalPages`]: for `mteb.evaluate`. Its main score is nDCG@5, as in ViDoRe v2; its revision is a hash of the
+            files.
 
     Raises:
         ValueError: the folder has not these files, or has both kinds.
@@ -86,8 +87,8 @@ def local_pages(folder, split="test", *, name=None):
     if len(found) != 1:
         given = sorted(file.name for file in folder.glob("*.parquet"))
         raise ValueError(
-            f"{folder} must hold either {tables[0].name} and {tables[1].name}, or {pairs[0].name}, for split {split!r}; "
-            f"its Parquet files are {given}."
+            f"{folder} must hold either {tables[0].name} and {tables[1].name}, or {pairs[0].name}, for split "
+            f"{split!r}; its Parquet files are {given}."
         )
     metadata = TaskMetadata(
         name=name or f"{folder.name}-{split}",

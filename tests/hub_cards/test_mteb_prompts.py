@@ -1,5 +1,7 @@
 """What prompts are worth, through mteb: tokens in order, scores of the plain model, resuming, intervals, own pages."""
 
+import copy
+import functools
 import importlib.util
 import io
 import json
@@ -12,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets.exceptions import DatasetNotFoundError
 
 pytest.importorskip("mteb")
 
@@ -29,6 +32,7 @@ from tests.tiny import tiny_backbone, tiny_processor
 from trainers.evaluation import retrieval_metrics
 
 PROMPT = "Represent the given document image.\n"
+VERSIONS = ("ViDoRe(v2)", "ViDoRe(v3)")
 NUM_PAGES, QUERIES = 20, ["the sea", "a sky page", "tides of the harbour", "what shows the picture", "7 glaciers"]
 ANSWERS = [[2], [5, 6], [0], [19, 3, 4], [11]]
 IMAGE_PAD_ID, VISION_START_ID, VISION_END_ID = 3, 2, 5
@@ -84,11 +88,16 @@ def seen(monkeypatch):
         model = load(meta, **kwargs)
         kept = rows.setdefault(meta.experiment_kwargs["model_prompts"]["document"], [])
 
-        def keep(module, args, kwargs):
-            for ids, mask in zip(kwargs["input_ids"], kwargs["attention_mask"]):
-                kept.append(ids[mask.bool()].tolist())
+        encoder = model.model[0].model
+        forward = encoder.forward
 
-        model.model[0].model.register_forward_pre_hook(keep, with_kwargs=True)
+        @functools.wraps(forward)
+        def watched(**inputs):
+            kept.extend(ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"]))
+            return forward(**inputs)
+
+        # sentence-transformers calls `forward` by name: hooks of modules would see nothing.
+        encoder.forward = watched
         return model
 
     monkeypatch.setattr(MoCaModelMeta, "load_model", load_and_watch)
@@ -171,8 +180,12 @@ def test_a_run_goes_on_and_never_takes_results_of_other_data_or_prompts(folder, 
     assert run() == (first, files, [PROMPT])
     (files[0].parents[1] / "per_query" / "data-test.test.default.json").unlink()
     assert run() == (first, files, [PROMPT])
-    assert run(prompts={"DocumentUnderstanding-document": "A page."})[2] == [""] or "" in seen
-    assert run()[2] == []
+    # A name for the kind of task goes before the plain one, which stays empty.
+    other, other_files, _ = run(prompts={"DocumentUnderstanding-document": "A page."})
+    assert other_files != files and other[0].without == first[0].without and other[0].prompted != first[0].prompted
+    tokenizer = tiny_processor().tokenizer
+    assert [ids[-1] for ids in seen[""] if IMAGE_PAD_ID in ids] == [tokenizer("A page.")["input_ids"][-1]] * NUM_PAGES
+    assert run() == (first, files, [])
     write_tables(data, query=[*QUERIES[1:], QUERIES[0]])
     changed, _, loaded = run()
     assert loaded == ["", PROMPT] and changed != first
@@ -195,7 +208,9 @@ def test_vidore_as_mteb_defines_it(folder, tmp_path, monkeypatch, seen):
         for task in mteb.get_benchmark(version).tasks:
             # Pages without text: a prompt for images suits them all.
             assert task.metadata.category == "t2i" and task.metadata.type == "DocumentUnderstanding"
-    task = next(iter(mteb.get_benchmark("ViDoRe(v2)").tasks))
+    task = copy.deepcopy(mteb.get_benchmark("ViDoRe(v2)").tasks[0])
+    assert len(task.hf_subsets) == 4
+    task.filter_languages(["eng", "fra"])
 
     def load_data(self, num_proc=None, **kwargs):
         pages = datasets.Dataset.from_dict(
@@ -216,7 +231,7 @@ def test_vidore_as_mteb_defines_it(folder, tmp_path, monkeypatch, seen):
 
     monkeypatch.setattr(type(task), "load_data", load_data)
     (row,), files = compare_prompts(model_meta(folder / "embedding"), [task], tmp_path, device="cpu")
-    assert len(task.hf_subsets) == 4 and row.num_queries == 4 * len(QUERIES)
+    assert row.num_queries == 2 * len(QUERIES)
     results = read_results(files)
     assert sorted(result.dataset["config"] for result in results) == sorted(task.hf_subsets)
     assert {result.dataset["id"] for result in results} == {task.metadata.dataset["path"]}
@@ -227,14 +242,35 @@ def test_vidore_as_mteb_defines_it(folder, tmp_path, monkeypatch, seen):
     texts = {tuple(ids) for ids in seen[PROMPT] if IMAGE_PAD_ID not in ids}
     expected = [f"{language} {query}" for language in task.hf_subsets for query in QUERIES]
     assert texts == {tuple(ids) for ids in tiny_processor().tokenizer(expected)["input_ids"]}
+    # As after a run that was killed between two languages.
+    kept = json.loads(files[0].read_text())
+    kept["scores"]["test"] = [entry for entry in scores if entry["hf_subset"] == "english"]
+    files[0].write_text(json.dumps(kept))
+    seen.clear()
+    assert compare_prompts(model_meta(folder / "embedding"), [task], tmp_path, device="cpu") == ([row], files)
+    again = [tuple(ids) for ids in seen.pop(PROMPT) if IMAGE_PAD_ID not in ids]
+    french = tiny_processor().tokenizer([f"french {query}" for query in QUERIES])["input_ids"]
+    assert sorted(again) == sorted(map(tuple, french)) and not seen
 
 
-VERSIONS = ("ViDoRe(v2)", "ViDoRe(v3)")
+def test_tasks_that_are_not_open_are_left_out_and_told(folder, tmp_path, monkeypatch, caplog):
+    task = next(task for task in mteb.get_benchmark("ViDoRe(v3)").tasks if not task.metadata.is_public)
+
+    def load_data(self, **kwargs):
+        raise DatasetNotFoundError("It is private.")
+
+    monkeypatch.setattr(type(task), "load_data", load_data)
+    meta, pages = model_meta(folder / "embedding"), local_pages(folder / "tables")
+    (row,), files = compare_prompts(meta, [task, pages], tmp_path, device="cpu")
+    assert row.task == "tables-test" and len(files) == 1
+    assert f"{task.metadata.name} is left out: It is private." in caplog.text
+    with pytest.raises(ValueError, match=f"None of \\['{task.metadata.name}'\\] could be evaluated"):
+        compare_prompts(meta, [task], tmp_path, device="cpu")
 
 
 def test_intervals_follow_the_queries():
     same = np.full((50, len(METRICS)), 0.25)
-    assert _intervals(_resampled_means(same, 0)) == {metric: (0.25, 0.25) for metric in METRICS}
+    assert _intervals(_resampled_means(same, 0)) == dict.fromkeys(METRICS, (0.25, 0.25))
     # n values of standard deviation s: the mean spreads by s / sqrt(n), 1.96 of that on either side.
     values = np.random.default_rng(1).normal(0.1, 0.3, (400, len(METRICS)))
     drawn = _resampled_means(values, 0)
@@ -256,7 +292,7 @@ def test_the_example_prints_and_writes_the_table(folder, tmp_path, monkeypatch, 
     options |= {"--prompts": '{"document": "A page."}', "--device": "cpu", "--name": "org/moca-tiny"}
     monkeypatch.setattr(sys, "argv", ["evaluate_vidore.py", *(str(part) for pair in options.items() for part in pair)])
     example.main()
-    written = json.loads((tmp_path / "prompts.json").read_text())
+    written = json.loads((tmp_path / "prompts.json").read_text())[str(folder / "pairs")]
     assert written["prompts"] == {"query": "", "document": "A page."} and written["model"] == "org/moca-tiny"
     (task,) = written["tasks"]
     printed = capsys.readouterr().out

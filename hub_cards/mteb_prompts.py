@@ -63,8 +63,8 @@ def compare_prompts(meta, tasks, output, *, prompts=None, device=None, batch_siz
             results with the prompts, for the card, see [`hub_cards.results`].
 
     Raises:
-        ValueError: mteb knows no such name of a prompt, no prompt that is not empty is for a task, or no task could be
-            evaluated.
+        ValueError: prompts are no mapping of texts, mteb knows no such name of a prompt, no prompt that is not empty is
+            for a task, two tasks are of one name, or no task could be evaluated.
 
     Example:
 
@@ -73,9 +73,8 @@ def compare_prompts(meta, tasks, output, *, prompts=None, device=None, batch_siz
     >>> print(as_table(rows))
     ```
     """
-    prompts = NO_PROMPTS | (REFERENCE_PROMPTS if prompts is None else prompts)
     cache, tasks, results = mteb.ResultCache(Path(output)), list(tasks), {}
-    _check_prompts(prompts, tasks)
+    prompts = _checked_prompts(REFERENCE_PROMPTS if prompts is None else prompts, tasks)
     for name, given in (("without", NO_PROMPTS), ("prompted", prompts)):
         # mteb gives these to the loader, and keeps the results of every choice apart.
         variant = meta.model_copy(update={"experiment_kwargs": {"model_prompts": given}})
@@ -131,7 +130,13 @@ def as_json(meta, prompts, rows):
     }
 
 
-def _check_prompts(prompts, tasks):
+def _checked_prompts(prompts, tasks):
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ValueError(f"Prompts are a mapping of names to texts, got {prompts!r}.")
+    prompts = NO_PROMPTS | prompts
+    names = [task.metadata.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Results go by the names of tasks, and some are there twice: {names}.")
     try:
         AbsEncoder.validate_task_to_prompt_name(prompts)
     except KeyError as error:
@@ -139,6 +144,7 @@ def _check_prompts(prompts, tasks):
     for task in tasks:
         if not any(prompts[get_prompt_name(prompts, task.metadata, side)] for side in PromptType):
             raise ValueError(f"None of the prompts {prompts} is one of {task.metadata.name}: nothing to compare.")
+    return prompts
 
 
 def _evaluate(meta, tasks, cache, encode_kwargs, device):

@@ -3,15 +3,12 @@
 import copy
 import functools
 import importlib.util
-import io
 import json
 import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets.exceptions import DatasetNotFoundError
@@ -27,14 +24,12 @@ from hub_cards.mteb_pages import local_pages
 from hub_cards.mteb_prompts import METRICS, _intervals, _resampled_means, as_table, compare_prompts
 from hub_cards.results import read_results
 from modeling_moca import MoCaModel
-from tests.hub_cards.mteb_tasks import images
+from tests.hub_cards.mteb_tasks import ANSWERS, NUM_PAGES, QUERIES, encode, images, write_tables
 from tests.tiny import tiny_backbone, tiny_processor
 from trainers.evaluation import retrieval_metrics
 
 PROMPT = "Represent the given document image.\n"
 VERSIONS = ("ViDoRe(v2)", "ViDoRe(v3)")
-NUM_PAGES, QUERIES = 20, ["the sea", "a sky page", "tides of the harbour", "what shows the picture", "7 glaciers"]
-ANSWERS = [[2], [5, 6], [0], [19, 3, 4], [11]]
 IMAGE_PAD_ID, VISION_START_ID, VISION_END_ID = 3, 2, 5
 
 
@@ -54,28 +49,6 @@ def folder(tmp_path_factory):
     table = datasets.Dataset.from_dict({"query": [row[0] for row in pairs], "image": [row[1] for row in pairs]})
     # As `datasets` itself writes images: a structure of bytes and path.
     table.cast_column("image", datasets.Image()).to_parquet(folder / "pairs" / "test.parquet")
-    return folder
-
-
-def encode(image):
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return stream.getvalue()
-
-
-def write_tables(folder, **columns):
-    """Write pages and queries as binary columns; `columns` replaces some."""
-    folder.mkdir(exist_ok=True)
-    made = {
-        "page_id": [f"p{page}" for page in range(NUM_PAGES)],
-        "image": [encode(image) for image in images(NUM_PAGES, 3)],
-        "query_id": [f"q{query}" for query in range(len(QUERIES))],
-        "query": QUERIES,
-        "page_ids": [[f"p{page}" for page in pages] for pages in ANSWERS],
-    } | columns
-    for name, keys in (("pages", ("page_id", "image")), ("queries", ("query_id", "query", "page_ids"))):
-        table = {key: made[key] for key in keys if made[key] is not None}
-        pq.write_table(pa.table(table), folder / f"{name}-test.parquet")
     return folder
 
 
@@ -301,34 +274,15 @@ def test_the_example_prints_and_writes_the_table(folder, tmp_path, monkeypatch, 
     assert read_results([card])[0].metrics == pytest.approx(task["prompted"])
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"page_ids": None}, r"queries-test.parquet lacks the columns \['page_ids'\]"),
-        ({"image": [b"none"] * NUM_PAGES}, "pages-test.parquet, row 0: the image cannot be read"),
-        ({"image": [b""] * NUM_PAGES}, "row 0 has no image: allowed are encoded bytes"),
-        ({"page_id": ["p0"] * NUM_PAGES}, "row 1: the page_id 'p0' is that of row 0 already"),
-        ({"query_id": ["q0", None, "q2", "q3", "q4"]}, "row 1: the query_id is missing"),
-        ({"query": ["a", "b", " ", "c", "d"]}, "row 2: the query must be a text that is not empty, got ' '"),
-        ({"page_ids": [["p0"], [], ["p1"], ["p2"], ["p3"]]}, "row 1: query 'q1' has no page_ids"),
-        ({"page_ids": [["p0"], ["p99"], ["p1"], ["p2"], ["p3"]]}, r"row 1: pages \['p99'\] are not in pages-test"),
-    ],
-)
-def test_pages_that_are_wrong_are_refused(tmp_path, columns, message):
-    task = local_pages(write_tables(tmp_path, **columns))
-    with pytest.raises(ValueError, match=message):
-        task.load_data()
-
-
 def test_what_cannot_be_compared_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"must hold either pages-dev.parquet .* Parquet files are \['pages-test"):
-        local_pages(folder / "tables", split="dev")
-    pq.write_table(pa.table({"query": [""], "image": [encode(images(1, 0)[0])]}), tmp_path / "test.parquet")
-    with pytest.raises(ValueError, match="row 0: the query must be a text"):
-        local_pages(tmp_path).load_data()
     meta, tasks = model_meta(folder / "embedding"), [local_pages(folder / "tables")]
     with pytest.raises(ValueError, match="no such names of prompts"):
         compare_prompts(meta, tasks, tmp_path, prompts={"documents": "A page."})
     for prompts in ({}, {"query": ""}, {"SciFact-document": "A page."}):
         with pytest.raises(ValueError, match="is one of tables-test: nothing to compare"):
             compare_prompts(meta, tasks, tmp_path, prompts=prompts)
+    for prompts in (["A page."], {"document": None}):
+        with pytest.raises(ValueError, match="Prompts are a mapping of names to texts, got"):
+            compare_prompts(meta, tasks, tmp_path, prompts=prompts)
+    with pytest.raises(ValueError, match=r"some are there twice: \['tables-test', 'tables-test'\]"):
+        compare_prompts(meta, [*tasks, local_pages(folder / "tables")], tmp_path)

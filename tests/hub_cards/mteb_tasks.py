@@ -3,7 +3,11 @@
 As a script it is mteb's command line with these tasks in it: `python mteb_tasks.py run -m FOLDER -t TinyText`.
 """
 
+import io
+
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
@@ -113,6 +117,33 @@ class TinySTS(AbsTaskSTS):
 
 
 STS_SCORES = [0.0, 4.5, 1.0, 3.0, 2.5, 5.0, 0.5, 3.5, 2.0, 4.0, 1.5, 3.2]
+
+
+# Page retrieval from a folder.
+NUM_PAGES, QUERIES = 20, ["the sea", "a sky page", "tides of the harbour", "what shows the picture", "7 glaciers"]
+ANSWERS = [[2], [5, 6], [0], [19, 3, 4], [11]]
+
+
+def encode(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tables(folder, **columns):
+    """Write pages and queries as binary columns; `columns` replaces some."""
+    folder.mkdir(exist_ok=True)
+    made = {
+        "page_id": [f"p{page}" for page in range(NUM_PAGES)],
+        "image": [encode(image) for image in images(NUM_PAGES, 3)],
+        "query_id": [f"q{query}" for query in range(len(QUERIES))],
+        "query": QUERIES,
+        "page_ids": [[f"p{page}" for page in pages] for pages in ANSWERS],
+    } | columns
+    for name, keys in (("pages", ("page_id", "image")), ("queries", ("query_id", "query", "page_ids"))):
+        table = {key: made[key] for key in keys if made[key] is not None}
+        pq.write_table(pa.table(table), folder / f"{name}-test.parquet")
+    return folder
 
 
 if __name__ == "__main__":

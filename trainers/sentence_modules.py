@@ -6,6 +6,9 @@ from pathlib import Path
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
 POOLING_MODES = {"mean": "mean", "last": "lasttoken"}
+# Named, since without a configuration sentence-transformers takes a folder for one of text alone.
+STATES = {"method": "forward", "method_output_name": "last_hidden_state"}
+MODALITIES = {"text": STATES, "image": STATES, "message": {**STATES, "format": "structured"}}
 
 
 def write_sentence_modules(config, folder):
@@ -18,8 +21,14 @@ def write_sentence_modules(config, folder):
         folder (`str` or `os.PathLike`): holds the model, or its adapters, and the processor.
     """
     folder = Path(folder)
-    # The backbone's image positions need padded rows.
-    _write(folder / Transformer.config_file_name, {"transformer_task": "feature-extraction", "unpad_inputs": False})
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": MODALITIES,
+        "module_output_name": "token_embeddings",
+        # The backbone's image positions need padded rows.
+        "unpad_inputs": False,
+    }
+    _write(folder / Transformer.config_file_name, settings)
     pooling = Pooling(config.hidden_size, pooling_mode=POOLING_MODES[config.pooling])
     modules = [{"idx": 0, "name": "0", "path": "", "type": _name(Transformer)}]
     for index, module in enumerate([pooling, Normalize()], start=1):

@@ -103,9 +103,9 @@ class FakeEncoder:
         return vector if "zero" not in text else torch.zeros(2)
 
 
-def main(dataset, output, die_at):
-    config = MMEBConfig("fake", dataset_path=dataset, output_dir=output, batch_size=2)
-    MMEBEvaluator(config, FakeEncoder(die_at=int(die_at))).evaluate()
+def main(settings, die_at=None):
+    config = MMEBConfig("fake", batch_size=2, **json.loads(settings))
+    MMEBEvaluator(config, FakeEncoder(die_at=die_at and int(die_at))).evaluate()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """MMEB's protocol against answers that are known: from directions in the plane, and from equality with a tiny model."""
 
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image
 
 from hub_cards.results import as_model_index, read_results
 from modeling_moca import MoCaModel
+from tests.hub_cards.hub_server import Hub
 from tests.tiny import IMAGE, tiny_backbone, tiny_processor
 from tests.trainers.mmeb_folder import MARK, FakeEncoder, at, row, write_image, write_task, zip_folder
 from trainers import mmeb_rows
@@ -31,6 +35,12 @@ def evaluate(dataset, output, encoder=None, **options):
     encoder = encoder or FakeEncoder()
     config = MMEBConfig("org/fake", dataset_path=str(dataset), output_dir=str(output), **options)
     return MMEBEvaluator(config, encoder).evaluate(), encoder
+
+
+def in_a_process(environment, settings, *arguments):
+    environment = {**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.trainers.mmeb_folder", json.dumps(settings), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -165,9 +175,7 @@ def test_no_average_where_a_task_is_missing():
 
 def test_a_killed_run_goes_on_behind_its_last_finished_task(dataset, tmp_path):
     output = tmp_path / "out"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainers.mmeb_folder", str(dataset), str(output), "12"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = in_a_process(os.environ, {"dataset_path": str(dataset), "output_dir": str(output)}, "12")
     assert run.returncode == -signal.SIGKILL, run.stderr
     # 21 inputs are 11 batches: the second task was under way.
     assert [path.name for path in (output / "results").iterdir()] == ["ImageNet-1K.json"]
@@ -186,6 +194,31 @@ def test_a_killed_run_goes_on_behind_its_last_finished_task(dataset, tmp_path):
     again = FakeEncoder()
     MMEBEvaluator(config, again).evaluate()
     assert again.inputs == []
+
+
+def test_rows_are_streamed_from_the_hub_at_one_commit(dataset, tmp_path, monkeypatch):
+    # The files of a repository are of one format.
+    shutil.rmtree(dataset / "OK-VQA")
+    expected, _ = evaluate(dataset, tmp_path / "local")
+    zip_folder(dataset / "images", tmp_path / "images.zip")
+    shutil.rmtree(dataset / "images")
+    configs = [{"config_name": name, "data_files": [{"split": "test", "path": f"{name}/test*"}]} for name in expected]
+    (dataset / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    with Hub(tmp_path / "hub") as hub:
+        with monkeypatch.context() as patch:
+            hub.connect(patch)
+            api = HfApi(endpoint=hub.url, token=hub.token)
+            api.create_repo("org/mmeb", repo_type="dataset")
+            commit = api.upload_folder(repo_id="org/mmeb", folder_path=dataset, repo_type="dataset").oid
+        settings = {"dataset_path": "org/mmeb", "image_folder": str(tmp_path / "images.zip"), "tasks": list(expected)}
+        settings["output_dir"] = str(tmp_path / "out")
+        run = in_a_process(hub.environment(tmp_path / "home"), settings)
+        assert run.returncode == 0, run.stderr
+    results = read_results([tmp_path / "out" / "results" / f"{name}.json" for name in expected])
+    assert [result.metrics["p_at_1"] for result in results] == [found["p_at_1"] for found in expected.values()]
+    assert {(result.dataset["id"], result.dataset["revision"]) for result in results} == {("org/mmeb", commit)}
+    # Streamed: no file of rows lies in the cache.
+    assert not [path for path in (tmp_path / "home").rglob("*") if path.suffix in (".parquet", ".arrow", ".jsonl")]
 
 
 def test_results_of_other_settings_are_not_gone_on_from(dataset, tmp_path):

@@ -304,6 +304,18 @@ def test_equal_vectors_tie_wherever_they_stand():
     assert count_right(embeddings, np.full(20, 1000), targets) == (0, 20, 0)
 
 
+def test_without_ties_the_score_is_that_of_the_authors_rule():
+    """Which counts a query where the first of the largest cosines is that of the first candidate."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(60, 4)).astype(np.float32)
+    queries = rng.integers(0, 60, 500)
+    targets = [rng.integers(0, 60, rng.integers(1, 5)) for _ in queries]
+    unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+    expected = sum(int(np.argmax(unit[pool] @ unit[query])) == 0 for query, pool in zip(queries, targets))
+    assert 100 < expected < 400
+    assert count_right(torch.from_numpy(embeddings), queries, targets) == (expected, 0, 0)
+
+
 def test_batches_keep_within_the_budget():
     lengths = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     batches = plan_batches(lengths, batch_size=16, max_tokens=100)

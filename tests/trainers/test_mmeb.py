@@ -304,6 +304,16 @@ def test_equal_vectors_tie_wherever_they_stand():
     assert count_right(embeddings, np.full(20, 1000), targets) == (0, 20, 0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
+def test_a_score_that_is_no_number_is_never_right(bad):
+    """Not even without a rival: as query, as the right candidate, as another one."""
+    embeddings = torch.eye(3)
+    embeddings[2] = bad
+    pools = [[2], [2], [0, 2], [2, 0], [0]]
+    queries = np.array([2, 0, 0, 2, 0])
+    assert count_right(embeddings, queries, [np.array(pool) for pool in pools]) == (1, 0, 4)
+
+
 def test_without_ties_the_score_is_that_of_the_authors_rule():
     """Which counts a query where the first of the largest cosines is that of the first candidate."""
     rng = np.random.default_rng(0)

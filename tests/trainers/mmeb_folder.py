@@ -103,6 +103,46 @@ class FakeEncoder:
         return vector if "zero" not in text else torch.zeros(2)
 
 
+def evaluate(dataset, output, encoder=None, **options):
+    encoder = encoder or FakeEncoder()
+    config = MMEBConfig("org/fake", dataset_path=str(dataset), output_dir=str(output), **options)
+    return MMEBEvaluator(config, encoder).evaluate(), encoder
+
+
+def write_dataset(root):
+    """Three tasks: texts among texts, an image among texts, a text among images; images in a folder beside them."""
+    rows = [
+        row(at(10), at(12, "a"), at(20), at(300)),
+        row(at(10), at(20), at(12, "a"), at(300)),
+        # A tie at the top is wrong, one below it is none.
+        row(at(0), at(5), at(-5)),
+        row(at(50), at(49), at(90, "x"), at(90, "y")),
+        # Equal to the right one: no other candidate. Equal in direction only: a tie.
+        row(at(10, "q"), at(12, "a"), at(300), at(12, "a")),
+        row(at(10, "q"), at(12, "a"), at(300), at(12, "b")),
+        # No number: as the right one, as another one, as the query.
+        row(at(70), at("nan"), at(80)),
+        row(at(70), at(71), at("nan", "other")),
+        row(at("nan", "query"), at(71), at(80)),
+        row(at(70), at(1, "zero"), at(250)),
+    ]
+    write_task(root, "ImageNet-1K", rows, num_files=3)
+    for degrees in (0, 90, 180):
+        write_image(root / "images" / "some" / f"{degrees}.png", degrees)
+    rows = [
+        row(MARK, at(80), at(150), query_image="some/90.png"),
+        row(MARK, at(150), at(80), query_image="some/90.png"),
+        # The question turns the image: 90 and 0 are 45 together.
+        row(MARK + at(0), at(45), at(89), query_image="some/90.png"),
+    ]
+    write_task(root, "OK-VQA", rows, kind="json")
+    images = ["some/0.png", "some/90.png", "some/180.png"]
+    write_task(
+        root, "EDIS", [row(at(20), MARK, MARK, MARK, images=images), row(at(20), *[MARK] * 2, images=images[1:])]
+    )
+    return root
+
+
 def main(settings, die_at=None):
     config = MMEBConfig("fake", batch_size=2, **json.loads(settings))
     MMEBEvaluator(config, FakeEncoder(die_at=die_at and int(die_at))).evaluate()

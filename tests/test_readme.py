@@ -27,7 +27,7 @@ def published(tmp_path_factory):
 
 def test_python_blocks_run(published, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         assert "org/moca-3b" in block
         code = block

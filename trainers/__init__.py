@@ -11,6 +11,8 @@ _EXPORTS = {
     "ContrastiveTrainer": "contrastive_trainer",
     "InfoNCELoss": "contrastive_loss",
     "MiningConfig": "mining_config",
+    "MMEBConfig": "mmeb_config",
+    "MMEBEvaluator": "mmeb",
     "NegativeMiner": "mining",
     "PairMixture": "contrastive_mixture",
     "PairMixtureConfig": "contrastive_sources",

@@ -115,44 +115,49 @@ def _image(source, value, place):
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if isinstance(value, str):
-        return {"bytes": None, "path": _path(source, value, place)}
+        path = value if source.trusts_paths else check_path(value, source.image_folder, place)
+        return {"bytes": None, "path": path}
     if isinstance(value, Image.Image):
         return value
     given = f"a dict with the keys {sorted(map(str, value))}" if isinstance(value, dict) else type(value).__name__
     raise BadRowError("wrong_value", f"{place}: an image must be encoded bytes, a path or an image, got {given}.")
 
 
-def _path(source, path, place):
-    if source.trusts_paths:
-        return path
-    if source.image_folder is None:
+def check_path(path: str, folder: str | None, place: str) -> str:
+    """Return a path of a row as it is, if it spells one below a folder; nothing is looked up.
+
+    Args:
+        path: the path.
+        folder: the folder, called `image_folder` in messages.
+        place: which row of which data set, for messages.
+
+    Raises:
+        BadRowError: there is no folder, or the path is absolute, has `..` in it, or is none.
+    """
+    if folder is None:
         raise BadRowError(
             "unsafe_path", f"{place}: {path!r} is a path, but the data set has no image_folder that it is below."
         )
     if os.path.isabs(path) or ".." in path.replace("\\", "/").split("/") or "\0" in path or "://" in path:
-        raise BadRowError(
-            "unsafe_path", f"{place}: the path {path!r} is not one below image_folder={source.image_folder!r}."
-        )
+        raise BadRowError("unsafe_path", f"{place}: the path {path!r} is not one below image_folder={folder!r}.")
     return path
 
 
-def image_path(path: str, source: PairSource, place: str) -> str:
+def image_path(path: str, folder: str, place: str) -> str:
     """Return where an image's file is, links followed.
 
     Args:
-        path: its path below `image_folder`.
-        source: names the folder.
+        path: its path below `folder`.
+        folder: the folder, called `image_folder` in messages.
         place: which row of which data set, for messages.
 
     Raises:
-        BadRowError: a link leads out of `image_folder`.
+        BadRowError: a link leads out of the folder.
     """
-    root = os.path.realpath(source.image_folder)
+    root = os.path.realpath(folder)
     real = os.path.realpath(os.path.join(root, path))
     if os.path.commonpath([root, real]) != root:
-        raise BadRowError(
-            "unsafe_path", f"{place}: the path {path!r} leads out of image_folder={source.image_folder!r}, by a link."
-        )
+        raise BadRowError("unsafe_path", f"{place}: the path {path!r} leads out of image_folder={folder!r}, by a link.")
     return real
 
 
@@ -176,4 +181,4 @@ def _read_literal(value, place):
     return items
 
 
-__all__ = ["MAX_LIST_CHARACTERS", "image_path", "read_pair"]
+__all__ = ["MAX_LIST_CHARACTERS", "check_path", "image_path", "read_pair"]

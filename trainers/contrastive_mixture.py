@@ -208,7 +208,7 @@ def as_columns(sources: list[PairSource], seed: int = 0) -> dict[str, datasets.D
                 for name, side in zip(names, pair.sides):
                     for image in side["images"] if side else []:
                         if image["bytes"] is None:
-                            image["path"] = image_path(image["path"], source, pair.place)
+                            image["path"] = image_path(image["path"], source.image_folder, pair.place)
                     columns[name].append(side and {"text": side["text"], "image": side["images"]})
             return columns
 

@@ -146,7 +146,7 @@ def open_side(side: dict[str, Any], source: PairSource, place: str, processor: A
     for number, image in enumerate(side["images"]):
         where = f"{place}: image {number}"
         if isinstance(image, dict) and image["bytes"] is None and source.image_folder is not None:
-            image = image_path(image["path"], source, where)
+            image = image_path(image["path"], source.image_folder, where)
         image, _, size = open_image(image, where)
         opened.append(decode_image(image, size, where))
         sizes.append(size)

@@ -115,7 +115,7 @@ def with_bytes(side: dict[str, Any], source: PairSource, place: str) -> dict[str
     images = []
     for image in side["images"]:
         if image["bytes"] is None:
-            path = image_path(image["path"], source, place)
+            path = image_path(image["path"], source.image_folder, place)
             try:
                 image = {"bytes": Path(path).read_bytes(), "path": None}
             except OSError as error:

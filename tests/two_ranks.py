@@ -32,7 +32,7 @@ def start_two_ranks(program, *arguments, config=None, flags=()):
         command += ["--num_processes", "2", "--main_process_port", str(port), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, str(program), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(program), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
 

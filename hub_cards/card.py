@@ -1,7 +1,6 @@
 """The model card of a folder, filled from what lies in it, from the record of its training, and from result files."""
 
 import json
-import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
@@ -10,6 +9,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from modeling_moca import MoCaConfig, MoCaProcessor
 
 from .card_record import evaluation_section, hub_base_model, hub_datasets, read_record, training_section
+from .hub_metadata import LANGUAGE
 from .results import as_model_index, read_results, write_eval_results
 
 POOLING_WORDS = {"mean": "mean of the last hidden states over all tokens", "last": "last token's hidden state"}
@@ -20,7 +20,6 @@ TAGS = {
 }
 LIBRARIES = {"pretraining": "transformers"}
 ST_CONFIG = "config_sentence_transformers.json"
-LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 
 
 def write_card(
@@ -163,7 +162,9 @@ def check_card(path):
                 raise ValueError(f"{path}: {entry} {name!r} is no name on the Hub: {error}") from error
     for code in _listed(head.get("language")):
         if not LANGUAGE.fullmatch(code):
-            raise ValueError(f"{path}: language {code!r} is no code of two or three letters.")
+            raise ValueError(
+                f"{path}: language {code!r} is no ISO 639 code such as 'en', nor 'multilingual' or 'code'."
+            )
     if head.get("license") == "other" and not {"license_name", "license_link"} <= set(head):
         raise ValueError(f"{path}: license 'other' needs license_name and license_link.")
 

@@ -143,7 +143,12 @@ def export_model(
     out_dir = Path(out_dir)
     _check_settings(layout, dtype)
     check_metadata(
-        base_model=base_model, license=license, license_name=license_name, language=language, datasets=datasets
+        base_model=base_model,
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        language=language,
+        datasets=datasets,
     )
     if projection is not None and layout != "multi_vector":
         raise ValueError(f"A projection of token vectors needs layout='multi_vector', got {layout!r}.")

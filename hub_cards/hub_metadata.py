@@ -24,13 +24,22 @@ LICENSES = frozenset(
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code")
 
 
-def check_metadata(*, repo=None, base_model=None, license=None, license_name=None, language=None, datasets=None):
+def check_metadata(
+    *,
+    repo=None,
+    base_model=None,
+    license=None,
+    license_name=None,
+    license_link=None,
+    language=None,
+    datasets=None,
+):
     """Refuse what the Hub would refuse, or show as unknown.
 
     Args:
         repo, base_model (`str`, *optional*): Hub ids of the model and of its backbone.
-        license (`str`, *optional*): id as the Hub lists them; `"other"` needs `license_name`.
-        license_name (`str`, *optional*): goes with `"other"` only.
+        license (`str`, *optional*): id as the Hub lists them; `"other"` needs `license_name` and `license_link`.
+        license_name, license_link (`str`, *optional*): go with `"other"` only.
         language (`str` or `list[str]`, *optional*): ISO 639 codes, `"multilingual"` or `"code"`.
         datasets (`list[str]`, *optional*): Hub ids.
 
@@ -49,10 +58,13 @@ def check_metadata(*, repo=None, base_model=None, license=None, license_name=Non
     if license is not None and license not in LICENSES:
         raise ValueError(
             f"The licence {license!r} is none that the Hub knows; allowed are {sorted(LICENSES)}, in lower case. For "
-            "any other give 'other' and its license_name."
+            "any other give 'other', its license_name and its license_link."
         )
-    if (license == "other") != (license_name is not None):
-        raise ValueError(f"license='other' and license_name belong together, got {license!r} and {license_name!r}.")
+    if {license_name is not None, license_link is not None} != {license == "other"}:
+        raise ValueError(
+            f"license='other', license_name and license_link belong together, got {license!r}, {license_name!r} and "
+            f"{license_link!r}."
+        )
     for code in [language] if isinstance(language, str) else language or ():
         if not LANGUAGE.fullmatch(code):
             raise ValueError(f"The language {code!r} is no ISO 639 code such as 'en', nor 'multilingual' or 'code'.")

@@ -177,7 +177,9 @@ def test_script(exported, tmp_path):
     [
         ({"dtype": "int8"}, r"dtype must be one of \['float32', 'bfloat16', 'float16'\], got 'int8'"),
         ({"license": "Apache 2"}, "The licence 'Apache 2' is none that the Hub knows; allowed are"),
-        ({"license": "other"}, "license='other' and license_name belong together, got 'other' and None"),
+        ({"license": "other"}, "belong together, got 'other', None and None"),
+        ({"license": "other", "license_name": "mine"}, "belong together, got 'other', 'mine' and None"),
+        ({"license": "mit", "license_link": "LICENSE"}, "belong together, got 'mit', None and 'LICENSE'"),
         ({"language": "English"}, "The language 'English' is no ISO 639 code"),
         ({"datasets": ["a/b/c"]}, "The data set 'a/b/c' is no Hub id"),
         ({"base_model": "a b"}, "The base_model 'a b' is no Hub id"),

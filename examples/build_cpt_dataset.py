@@ -4,7 +4,7 @@
         --license cc-by-4.0 --language en --validation_share 0.01
     python examples/build_cpt_dataset.py --tables captions.csv --image_column file --caption_column title \
         --output_dir captions-dataset
-    hf upload-large-folder org/pages pages-dataset --repo-type dataset
+    python -m hub_cards.push pages-dataset org/pages --repo-type dataset
 
 Documents are Markdown, HTML and PDF files (`pip install moca[pdf]`) at any depth, with images below the same folder.
 The flags are the fields of `hub_cards.cpt_config.CPTDatasetConfig`; `--config` takes them from a YAML file. A run that

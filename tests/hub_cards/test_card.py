@@ -211,7 +211,7 @@ def test_heads_that_the_hub_would_refuse(tmp_path):
     for settings, message in (
         ({"base_model": "a/b/c"}, "base_model 'a/b/c' is no name on the Hub"),
         ({"datasets": ["org/pages", "not a name"]}, "datasets 'not a name' is no name on the Hub"),
-        ({"language": "english"}, "language 'english' is no code"),
+        ({"language": "english"}, "language 'english' is no ISO 639 code"),
         ({"license": "other"}, "license 'other' needs license_name and license_link"),
     ):
         with pytest.raises(ValueError, match=f"README.md: {message}"):

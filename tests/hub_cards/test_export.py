@@ -191,6 +191,17 @@ def test_settings_are_checked_before_anything_is_written(settings, message, expo
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_that_the_dtype_cannot_hold_are_named(tmp_path):
+    model = MoCaModel.from_backbone(tiny_backbone(), mask_token_id=6)
+    name, weight = next(iter(model.named_parameters()))
+    weight.data.view(-1)[0] = 1e6  # more than float16 holds
+    model.save_pretrained(tmp_path / "model")
+    tiny_processor(max_length=128).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=rf"1 weights are not finite in torch.float16, {re.escape(name)} for one"):
+        export(tmp_path / "model", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_folders_are_named(exported, tmp_path):
     with pytest.raises(ValueError, match=r"lacks \['config.json', 'processor_config.json'.*safetensors"):
         export(tmp_path, tmp_path / "out")

@@ -6,11 +6,13 @@ Every setting stands in the YAML file or on the command line, where it wins; an 
 folder holds model and processor, and is what stage 2 starts from.
 
 With `--use_peft true` only adapters in the language model (LoRA; with `--use_dora true` DoRA) and the MAE head learn;
-checkpoints hold these alone, and the output folder the whole, merged model. `--load_in_4bit true` or `--load_in_8bit
-true` keep the other weights quantised meanwhile: that needs bitsandbytes, and a MoCa folder to start from.
+checkpoints hold these alone, and the output folder the whole, merged model. A backbone that is converted in the run is
+kept there as well, in `converted`, which checkpoints name. `--load_in_4bit true` or `--load_in_8bit true` keep other
+weights quantised meanwhile: that needs bitsandbytes, and a MoCa folder to start from.
 """
 
 import logging
+import os
 from dataclasses import dataclass, field
 
 from transformers import AutoConfig, set_seed
@@ -115,7 +117,14 @@ def main():
         **quantized,
     )
     if (peft_config := get_peft_config(script_args)) is not None:
-        peft_config.revision = script_args.model_revision
+        if is_moca:
+            peft_config.revision = revision
+        else:
+            # What adapters belong to must lie somewhere: checkpoints hold these alone, and name it.
+            model.name_or_path = os.path.abspath(os.path.join(training_args.output_dir, "converted"))
+            if training_args.should_save:
+                model.save_pretrained(model.name_or_path)
+                processor.save_pretrained(model.name_or_path)
         model = add_adapters(model, peft_config)
 
     with training_args.main_process_first(desc="loading the data"):

@@ -77,8 +77,8 @@ def _base_model(folder, peft_config, model_class):
     name, revision = peft_config.base_model_name_or_path, peft_config.revision
     if not name:
         raise ValueError(
-            f"The adapters in {folder} do not say what they were trained on, as after a conversion within the run: "
-            "export the run's final folder, in which they are merged."
+            f"The adapters in {folder} do not say what they were trained on, as after a conversion in memory: export "
+            "the run's final folder, in which they are merged; or save and load the model before it gets adapters."
         )
     path = folder / MOCA_CONFIG
     settings = {}

@@ -31,6 +31,7 @@ NEEDED = {
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.npy", "*.npz", "*.dill")
 TRAINING_LEFTOVERS = (
     "checkpoint-*/*",
+    "converted/*",
     "global_step*/*",
     "runs/*",
     "optimizer*",

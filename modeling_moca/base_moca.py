@@ -4,7 +4,10 @@ This file travels to the Hub as remote code: it imports torch and transformers o
 """
 
 import importlib
+import re
 
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_moca import MoCaConfig
@@ -68,6 +71,22 @@ class MoCaPreTrainedModel(PreTrainedModel):
         # Adapters of the other class are reported unfiltered.
         refuse_misfit(pretrained_model_name_or_path, cls, info, cls._optional_tensors)
         return (model, info) if output_loading_info else model
+
+    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, load_config=None, **kwargs):
+        """Load adapters as the stock method does, and also the magnitudes of DoRA.
+
+        Args:
+            peft_model_id (`str`, *optional*): Hub id or folder of the adapters.
+            adapter_name (`str`, *optional*): `"default"` when omitted.
+            load_config (`LoadStateDictConfig`, *optional*): what `from_pretrained` was told.
+            args, kwargs: see `PreTrainedModel.load_adapter`.
+        """
+        given = kwargs.get("weight_mapping") or getattr(load_config, "weight_mapping", None)
+        # peft saves the magnitudes without the `.weight` of the module that holds them, which the stock method expects.
+        magnitude = rf"lora_magnitude_vector\.{re.escape(adapter_name or 'default')}"
+        renaming = WeightRenaming(rf"({magnitude})$", r"\1.weight")
+        kwargs["weight_mapping"] = [*(given or get_model_conversion_mapping(self)), renaming]
+        return super().load_adapter(peft_model_id, adapter_name, *args, load_config=load_config, **kwargs)
 
     def set_attn_implementation(self, attn_implementation, **kwargs):
         """Choose the attention path, as the stock method does.

@@ -48,7 +48,8 @@ def add_adapters(model, peft_config):
     """Put adapters into the language model, and train the MAE head, which is new, in full beside them.
 
     Args:
-        model ([`MoCaForPreTraining`]): its modules are changed in place.
+        model ([`MoCaForPreTraining`]): its modules are changed in place. Checkpoints hold adapters alone, and name
+            what the model was loaded from: save and load one that was converted in memory, or they will not open.
         peft_config ([`~peft.LoraConfig`]): `target_modules` is [`language_model_layers`] and `modules_to_save` is
             `["mae_head"]` when not set; peft puts no adapters inside the latter. Set `revision` to that of a quantised
             model: it is merged with the checkpoint that it was made from.

@@ -41,7 +41,7 @@ def main(cases_file):
             assert type(loaded).__module__.startswith("transformers_modules."), type(loaded).__module__
         for embedding in found:
             error = (embedding - torch.tensor(case["expected"])).abs().max().item()
-            assert error < 1e-5, f"{folder}: {error}"
+            assert error < 1e-6, f"{folder}: {error}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoModelForPreTraining, AutoProcessor
 from trl import TrlParser
 
 from examples import train_cpt
@@ -156,6 +156,24 @@ def test_adapters_from_the_command_line(folder, monkeypatch):
     adapted = {name for name in start if ".layers." in name and name.endswith("_proj.weight") and "visual" not in name}
     assert moved - {name for name in start if name.startswith("mae_head")} == adapted and len(adapted) == 4 * 7
     assert "mae_head.proj.weight" in moved
+
+    # A checkpoint names the backbone that was converted in the run, from wherever it is opened.
+    monkeypatch.chdir(folder / "rows")
+    checkpoint = folder / "adapted" / "checkpoint-2"
+    assert not (checkpoint / "model.safetensors").exists()
+    inputs = AutoProcessor.from_pretrained(checkpoint)(text=["a page about tides"])
+    whole = AutoModel.from_pretrained(folder / "adapted")
+    exported = AutoModel.from_pretrained(export(checkpoint, folder / "exported_checkpoint"))
+    doors = [door.from_pretrained(checkpoint) for door in (AutoModel, AutoModelForPreTraining)]
+    with torch.no_grad():
+        expected, *found = (model.eval()(**inputs).pooler_output for model in (whole, exported, *doors))
+        untrained = AutoModel.from_pretrained(folder / "adapted" / "converted")(**inputs).pooler_output
+    assert all(torch.allclose(embedding, expected, atol=1e-6) for embedding in found)
+    assert not torch.allclose(untrained, expected, atol=1e-4)
+    assert torch.equal(
+        doors[1].state_dict()["mae_head.modules_to_save.default.proj.weight"], trained["mae_head.proj.weight"]
+    )
+    monkeypatch.chdir(folder)
 
     # Goes on, and the folder starts stage 2 and is exported.
     main(monkeypatch, "--config", "lora.yaml", "--max_steps", "3", "--resume_from_checkpoint", "true")

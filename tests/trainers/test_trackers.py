@@ -10,7 +10,7 @@ import pytest
 
 from tests.trainers import tracked_run
 
-TRACKERS = [name for name in ("tensorboard", "trackio") if importlib.util.find_spec(name) is not None]
+TRACKERS = [name for name in ("tensorboard", "trackio", "wandb") if importlib.util.find_spec(name) is not None]
 # Beside what every training logs; at each of three steps, unless the task of a batch decides.
 TRAINING = {
     "cpt": {"loss", "mlm_loss", "mae_loss", "tokens_per_second", "num_rows", "learning_rate", "grad_norm"},
@@ -29,9 +29,10 @@ EVALUATION = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     if not TRACKERS:
-        pytest.skip("neither tensorboard nor trackio is installed (pip install moca[logging])")
+        pytest.skip("none of tensorboard, trackio and wandb is installed (pip install moca[logging])")
     folder = tmp_path_factory.mktemp("trackers")
     environment = {**os.environ, "TRACKIO_DIR": str(folder / "trackio"), "OMP_NUM_THREADS": "1"}
+    environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
     done = subprocess.run(
         [sys.executable, tracked_run.__file__, str(folder), *TRACKERS],
         env=environment,
@@ -74,7 +75,30 @@ def of_trackio(folder, stage):
     }
 
 
-READERS = {"tensorboard": of_tensorboard, "trackio": of_trackio}
+def of_wandb(folder, stage):
+    """Read the log of a run: wandb has no reader for Python, but the messages, in a log as LevelDB keeps it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = (folder / stage / "run.wandb").read_bytes()
+    position, record, written = 7, b"", {}  # after the name of the format
+    while position < len(content):
+        rest_of_block = 2**15 - position % 2**15
+        if rest_of_block < 7:  # too short for a header: checksum (4 bytes), length (2), kind (1)
+            position += rest_of_block
+            continue
+        start = position + 7
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        record += content[start : start + length]
+        position = start + length
+        if kind in (1, 4):  # whole, or the last part
+            message, record = Record.FromString(record), b""
+            values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in message.history.item}
+            step = values.pop("train/global_step", None)
+            written |= {(name, step): value for name, value in values.items() if not name.startswith("_")}
+    return written
+
+
+READERS = {"tensorboard": of_tensorboard, "trackio": of_trackio, "wandb": of_wandb}
 
 
 @pytest.mark.parametrize("stage", ["cpt", "contrastive"])

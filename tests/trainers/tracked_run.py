@@ -1,10 +1,12 @@
 """Train both stages for a few steps with trackers, in a process of its own, since trackers start threads and servers.
 
 Started as `python tracked_run.py FOLDER TRACKER ...`; leaves `FOLDER/<stage>/history.json`, what was logged,
-`FOLDER/<stage>/trackio.json`, what trackio kept of it, and `FOLDER/connections.json`, the hosts that were connected to.
+`FOLDER/<stage>/trackio.json`, what trackio kept of it, `FOLDER/<stage>/run.wandb`, what wandb did, and
+`FOLDER/connections.json`, the hosts that were connected to.
 """
 
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -75,6 +77,13 @@ def main(folder, trackers):
             from trackio.sqlite_storage import SQLiteStorage
 
             (output / "trackio.json").write_text(json.dumps(SQLiteStorage.get_logs(trainer.args.project, run="tiny")))
+        if "wandb" in trackers:
+            import wandb
+
+            log = wandb.run.settings.sync_file
+            # Else the next stage goes on with this run.
+            wandb.finish()
+            shutil.copy(log, output / "run.wandb")
     (folder / "connections.json").write_text(json.dumps(connections))
 
 

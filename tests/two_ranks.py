@@ -17,10 +17,11 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 
-def start_two_ranks(program, *arguments, config=None, flags=()):
+def start_two_ranks(program, *arguments, config=None, flags=(), variables=None):
     """Run `program` (path) with arguments on two ranks, and fail with what it said if one of them fails.
 
     With `config`, a file of examples/accelerate (name without ending), by `accelerate launch` with these `flags`.
+    Environment `variables` (`dict`) are added to those of this process.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,6 +32,7 @@ def start_two_ranks(program, *arguments, config=None, flags=()):
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", file]
         command += ["--num_processes", "2", "--main_process_port", str(port), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment |= variables or {}
     done = subprocess.run(
         [*command, str(program), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=900
     )

@@ -11,12 +11,16 @@ import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 
 from hub_cards import write_training_card
 from modeling_moca import MoCaForPreTraining, MoCaModel, MoCaProcessor
 from tests.hub_cards.check_hub import inputs
 from tests.hub_cards.hub_server import Hub
 from tests.tiny import tiny_backbone, tiny_processor
+from tests.trainers import push_sharded
+from tests.trainers.contrastive_cases import save_checkpoint
+from tests.two_ranks import start_two_ranks
 from trainers.adapters import add_embedding_adapters
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_transformer
@@ -184,6 +188,53 @@ def test_adapters_are_pushed_merged(client, tmp_path):
         start = MoCaModel.from_pretrained(tmp_path / "start")(**batch).pooler_output
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=0)
     assert (given - start).abs().max() > 1e-3
+
+
+def test_ranks_that_share_weights_push_whole_models_once(client, tmp_path):
+    save_checkpoint(tmp_path / "start")
+    names = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_TOKEN", "no_proxy")
+    environment = client.environment(tmp_path / "home")
+    variables = {"HF_HUB_OFFLINE": "0", **{name: environment[name] for name in names}}
+    start_two_ranks(push_sharded.__file__, tmp_path, config="fsdp2", variables=variables)
+    steps = [f"Training in progress, step {step}" for step in (1, 2)]
+    start = load_file(tmp_path / "start" / "model.safetensors")
+    for stage, needed, model_class in (
+        ("1", NEEDED, MoCaForPreTraining),
+        ("2", NEEDED | OF_SENTENCE_TRANSFORMERS, MoCaModel),
+    ):
+        name, output = f"org/sharded{stage}", tmp_path / f"stage{stage}"
+        messages = [message for _, message in client.repository(name).messages]
+        # State and model of a step are sent at the same time; what is saved in the end is there already.
+        sent = sorted(message for message in messages if message != "Model save")
+        assert sent == sorted(["initial commit", *steps, *(f"{step}, checkpoint" for step in steps)])
+        assert messages.count("Model save") <= 1
+        embeddings = []
+        for message in steps:
+            files = at_message(client, name, message)
+            files = {path: data for path, data in files.items() if not path.startswith("last-checkpoint/")}
+            check_content(files, needed)
+            assert all(path.endswith("_moca.py") for path in files if path.endswith(".py"))
+            pushed = tmp_path / "pushed" / stage / message[-1]
+            for path, data in files.items():
+                (pushed / path).parent.mkdir(parents=True, exist_ok=True)
+                (pushed / path).write_bytes(data)
+            weights = load_file(pushed / "model.safetensors")
+            assert all(tensor.shape == start["moca." * (stage == "2") + key].shape for key, tensor in weights.items())
+            model_class.from_pretrained(pushed)
+            config = json.loads(files["config.json"])
+            assert config["architectures"] == [model_class.__name__]
+            assert config["auto_map"]["AutoModel"] == "modeling_moca.MoCaModel"
+            model = SentenceTransformer(str(pushed), device="cpu")
+            embeddings.append(model.encode(inputs(), convert_to_tensor=True))
+        assert not torch.allclose(*embeddings, atol=1e-4)
+        final = SentenceTransformer(str(output), device="cpu").encode(inputs(), convert_to_tensor=True)
+        assert torch.equal(embeddings[-1], final)
+        assert files["model.safetensors"] == (output / "model.safetensors").read_bytes()
+        # Checkpoints are in parts, one a rank, and state of both ranks is sent.
+        state = {path.removeprefix("last-checkpoint/") for path in client.files(name)}
+        assert {"COMPLETE", "run_state_0.json", "run_state_1.json", "rng_state_0.pth", "rng_state_1.pth"} <= state
+        assert sum(path.startswith("pytorch_model_fsdp_0/") and path.endswith(".distcp") for path in state) == 2
+        assert not list(output.glob("_push-*"))
 
 
 def test_a_failed_push_is_logged_and_ends_nothing(client, tmp_path, monkeypatch, caplog):

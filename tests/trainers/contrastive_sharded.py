@@ -17,7 +17,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.trainers.contrastive_cases import arguments, build, mixed_task, picture, texts_task
-from tests.two_ranks import shard_on_cpus, zero_settings
+from tests.two_ranks import compile_nothing, shard_on_cpus, zero_settings
 from trainers.contrastive_trainer import ContrastiveTrainer
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "max_steps": 3}
@@ -105,9 +105,10 @@ def train_all(mode, folder):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "fsdp2":
-        with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if sys.argv[1] == "fsdp2":
             shard_on_cpus(monkeypatch)
             train_all(sys.argv[1], Path(sys.argv[2]))
-    else:
-        train(sys.argv[1], Path(sys.argv[2]))
+        else:
+            compile_nothing()
+            train(sys.argv[1], Path(sys.argv[2]))

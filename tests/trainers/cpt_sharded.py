@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_processor
 from tests.trainers.cpt_rows import make_row
-from tests.two_ranks import shard_on_cpus
+from tests.two_ranks import compile_nothing, shard_on_cpus
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
@@ -102,4 +102,6 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as monkeypatch:
         if sys.argv[1] == "fsdp2":
             shard_on_cpus(monkeypatch)
+        else:
+            compile_nothing()
         train_all(sys.argv[1], Path(sys.argv[2]))

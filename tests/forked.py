@@ -6,6 +6,7 @@ is killed; those about a launcher, a console or a clean environment start Python
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -109,6 +110,8 @@ def run_ranks(environments, program, *arguments, timeout=900):
 
 
 def _run(command, environment, folder, outputs, own_session):
+    # Else the collector of garbage would copy what the process has of its parent.
+    gc.freeze()
     if own_session:
         os.setsid()
     # As in a process that was not forked.

@@ -1,7 +1,7 @@
 """Convert and load checkpoints on two ranks that share the weights, and check every tensor against the files.
 
-Started by test_sharded_start.py as `sharded_start.py MODE FOLDER`, where FOLDER holds `stock`, `published` (`stock` with
-a trained MAE head beside it) and `moca` (`stock`, converted).
+Started by test_sharded_start.py as `sharded_start.py MODE FOLDER`, where FOLDER holds the checkpoints `stock`,
+`published` (`stock` with a trained MAE head beside it) and `moca` (`stock`, converted).
 """
 
 import json

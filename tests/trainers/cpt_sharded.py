@@ -1,6 +1,6 @@
 """Train a tiny model on ranks that share its weights, where one rank's batches hold images and the other's none.
 
-Started by test_cpt_sharded.py: `accelerate launch ... cpt_sharded.py MODE FOLDER`, where FOLDER holds `start`, the
+Started by test_cpt_sharded.py as `cpt_sharded.py MODE FOLDER` on two ranks, where FOLDER holds `start`, the
 model to start from, and `stock`, the checkpoint that it was made from; `train_all("whole", FOLDER)` is one process, for
 comparison.
 """

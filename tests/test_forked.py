@@ -1,4 +1,4 @@
-"""Programs that are forked have arguments, folder, environment, output and exit status of their own, and can be killed."""
+"""Forked programs have arguments, folder, environment, output and exit status of their own, and can be killed."""
 
 import json
 import os

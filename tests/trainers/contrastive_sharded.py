@@ -1,7 +1,7 @@
 """Fine-tune a tiny model on ranks that share its weights.
 
-Started by test_contrastive_sharded.py as `contrastive_sharded.py MODE FOLDER` on two ranks, where FOLDER holds the model
-to start from; `train_all("whole", FOLDER)` is one process, for comparison.
+Started by test_contrastive_sharded.py as `contrastive_sharded.py MODE FOLDER` on two ranks, where FOLDER holds the
+model to start from; `train_all("whole", FOLDER)` is one process, for comparison.
 """
 
 import json

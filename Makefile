@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 $(STAMP_MIN): setup.cfg pyproject.toml constraints-min.txt
 	$(PYTHON) -m venv $(VENV_MIN)
@@ -27,7 +27,7 @@ $(STAMP_MIN): setup.cfg pyproject.toml constraints-min.txt
 	touch $@
 
 test-min: $(STAMP_MIN)
-	OMP_NUM_THREADS=1 $(VENV_MIN)/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV_MIN)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -5,31 +5,16 @@ import os
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.fsdp import StateDictType
 
 from modeling_moca import MoCaForPreTraining
 from tests.conftest import REPOSITORY
 from tests.families import FAMILIES, family_backbone
-from tests.two_ranks import needs_deepspeed
+from tests.two_ranks import launch_settings, needs_deepspeed
 
 FILES = sorted((REPOSITORY / "examples" / "accelerate").glob("*.yaml"))
-
-
-def launch(name, *flags):
-    """Return what `accelerate launch` hands to every rank: arguments and environment."""
-    file = str(REPOSITORY / "examples" / "accelerate" / f"{name}.yaml")
-    arguments = launch_command_parser().parse_args(
-        ["--config_file", file, "--main_process_port", "0", *flags, "script.py"]
-    )
-    arguments, _, from_file = _validate_launch_command(arguments)
-    # Set by launch_command itself, which would start the processes.
-    arguments.deepspeed_fields_from_accelerate_config = "mixed_precision" if from_file else ""
-    if arguments.use_deepspeed:
-        return arguments, prepare_deepspeed_cmd_env(arguments)[1]
-    return arguments, prepare_multi_gpu_env(arguments)
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +43,16 @@ def test_there_is_a_file_for_each_plan():
 
 
 def test_ddp():
-    arguments, environment = launch("ddp")
+    arguments, environment = launch_settings("ddp")
     assert load_config_from_file(str(FILES[0])).distributed_type == DistributedType.MULTI_GPU
     assert arguments.multi_gpu and not arguments.use_fsdp and not arguments.use_deepspeed
     assert arguments.num_processes == 8 and "ACCELERATE_USE_FSDP" not in environment
-    assert launch("ddp", "--num_processes", "2")[0].num_processes == 2
+    assert launch_settings("ddp", "--num_processes", "2")[0].num_processes == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fsdp2(family, monkeypatch):
-    arguments, environment = launch("fsdp2")
+    arguments, environment = launch_settings("fsdp2")
     assert arguments.use_fsdp and environment["ACCELERATE_USE_FSDP"] == "true"
     for name, value in environment.items():
         if name.startswith("FSDP_"):
@@ -96,7 +81,7 @@ def test_zero(stage, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig
 
     flags = ["--zero_stage", "2", "--zero3_init_flag", "false"] if stage == 2 else []
-    arguments, environment = launch("zero3", *flags)
+    arguments, environment = launch_settings("zero3", *flags)
     assert arguments.use_deepspeed and environment["ACCELERATE_USE_DEEPSPEED"] == "true"
     for name, value in environment.items():
         if name.startswith("ACCELERATE_"):

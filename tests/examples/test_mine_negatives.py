@@ -1,10 +1,8 @@
 """examples/mine_negatives.py: from YAML to what stage 2 takes, also when it is killed in between."""
 
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ import yaml
 from trl import TrlParser
 
 from examples import mine_negatives
+from tests.forked import Forked
 from tests.tiny import tiny_backbone
 from tests.trainers.contrastive_cases import WORDS, save_checkpoint
 from tests.trainers.pair_sources import write_pages
@@ -57,14 +56,8 @@ def folder(tmp_path_factory):
 
 
 def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "examples" / "mine_negatives.py"), "--config", "mine.yaml", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    program = REPOSITORY / "examples" / "mine_negatives.py"
+    return Forked(program, "--config", "mine.yaml", *arguments, folder=folder)
 
 
 def finish(process):

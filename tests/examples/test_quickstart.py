@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests import forked
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
@@ -78,7 +80,5 @@ def test_small_yaml_files_run_on_the_demo_rows(demo, script, tmp_path):
 
 
 def test_bad_arguments_are_refused(tmp_path):
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "quickstart.py"), "--seeds", "0"], cwd=tmp_path, capture_output=True, text=True
-    )
+    run = forked.run(EXAMPLES / "quickstart.py", "--seeds", "0", folder=tmp_path)
     assert run.returncode == 2 and "--seeds must be at least 1, got 0" in run.stderr

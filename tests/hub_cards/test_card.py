@@ -2,10 +2,7 @@
 
 import ast
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,8 +13,9 @@ from huggingface_hub import ModelCard, constants, metadata_load
 from hub_cards import export, validate_card, write_card, write_training_card
 from hub_cards.card import check_card
 from modeling_moca import MoCaForPreTraining
+from tests import forked
 from tests.families import family_backbone, family_processor
-from tests.hub_cards.test_export import run, save
+from tests.hub_cards.test_export import run, run_snippets, save
 from tests.trainers import contrastive_run, cpt_run
 from tests.trainers.cpt_sources import numbered_rows, write_parquet, write_tars
 from trainers.training_record import RECORD
@@ -120,7 +118,7 @@ def test_every_snippet_of_pretraining_runs(trained, tmp_path):
     assert metadata_load(trained / "stage1" / "README.md")["library_name"] == "transformers"
     blocks = snippets(text)
     assert len(blocks) == 3 and all(str(trained / "stage1") in block for block in blocks)
-    filled, reconstructed, embedded = [run(["-c", block], tmp_path) for block in blocks]
+    filled, reconstructed, embedded = run_snippets(blocks, tmp_path)
     assert filled.startswith("[") and len(ast.literal_eval(filled)) == 5
     # An image of 224 x 224 is 16 tokens here, half of them hidden, of four patches of 1176 values.
     assert "torch.Size([8, 4, 1176])" in reconstructed and "tensor(" in reconstructed
@@ -275,8 +273,8 @@ def test_script_takes_results(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(RESULT))
     script = Path(__file__).resolve().parents[2] / "examples" / "export.py"
     arguments = ["--model", str(folder), "--output", str(tmp_path / "out"), "--results", str(tmp_path / "result.json")]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    subprocess.run([sys.executable, str(script), *arguments], env=environment, check=True, capture_output=True)
+    done = forked.run(script, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert (
         metadata_load(tmp_path / "out" / "README.md")["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.8125
     )

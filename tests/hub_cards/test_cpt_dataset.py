@@ -20,6 +20,7 @@ from hub_cards.cpt_config import CPTDatasetConfig
 from hub_cards.cpt_dataset import build_cpt_dataset
 from hub_cards.dataset_card import size_category
 from modeling_moca import MoCaForPreTraining
+from tests.forked import Forked
 from tests.hub_cards.cpt_sources import PLACEHOLDER, pdf_bytes, picture, write, write_folder
 from tests.tiny import tiny_backbone, tiny_processor
 from trainers.cpt_config import CPTConfig
@@ -164,14 +165,7 @@ def start(folder, out):
     """Start the script, with files so small that there are many to be killed between."""
     flags = ["--documents", "in", "--output_dir", out, "--max_shard_bytes", "3000", "--dedupe"]
     flags += ["--validation-share", "0.2", "--max_bad_row_share", "0.5", "--repo_id", "org/pages"]
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "examples/build_cpt_dataset.py"), *flags],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
+    return Forked(REPOSITORY / "examples/build_cpt_dataset.py", *flags, folder=folder)
 
 
 def finish(process):

@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 
 from hub_cards import export
 from modeling_moca import MoCaForPreTraining, MoCaModel
+from tests import forked
 from tests.tiny import tiny_backbone, tiny_processor
 
 CHECK = Path(__file__).with_name("check_export.py")
@@ -48,6 +49,32 @@ def run(command, folder):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def run_each(snippets, folder):
+    """Run snippets in processes of their own, otherwise as above; return exit status, output and errors of each."""
+    files = [folder / f"snippet {number}.py" for number in range(len(snippets))]
+    for file, snippet in zip(files, snippets):
+        file.write_text(snippet)
+    done = run([str(CHECK.with_name("check_snippets.py")), *map(str, files)], folder)
+    texts = [[Path(f"{file}.{ending}").read_text() for ending in ("out", "err")] for file in files]
+    return [(status, *both) for status, both in zip(json.loads(done.splitlines()[-1]), texts, strict=True)]
+
+
+def run_snippets(snippets, folder):
+    """Run snippets, which must not fail, and return what each of them printed."""
+    results = run_each(snippets, folder)
+    for snippet, (status, _, errors) in zip(snippets, results):
+        assert status == 0, f"{snippet}\n{errors[-3000:]}"
+    return [output for _, output, _ in results]
+
+
+def check_each(check, folders, folder):
+    """Run the program `check` on folders, each in a process of its own; return exit status and errors of each."""
+    start = f"import runpy, sys\nsys.path[0] = {str(check.parent)!r}\nsys.argv = ['check', {{0!r}}]\n"
+    start += f"runpy.run_path({str(check)!r}, run_name='__main__')\n"
+    results = run_each([start.format(str(given)) for given in folders], folder)
+    return [(status, errors[-3000:]) for status, _, errors in results]
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +114,28 @@ def test_folder_holds_what_it_needs_and_nothing_else(exported):
     assert not any(name.startswith(("mlm_head", "mae_head")) for name in load_file(exported / "model.safetensors"))
 
 
-@pytest.mark.parametrize(
-    ("model_class", "kwargs"),
-    [
-        (MoCaModel, {}),
-        (MoCaForPreTraining, {}),
-        (MoCaModel, {"bidirectional": False, "pooling": "last"}),
-    ],
-)
-def test_both_doors_agree_where_the_package_is_unknown(model_class, kwargs, tmp_path):
-    published = export(save(tmp_path / "model", model_class, **kwargs), tmp_path / "published")
-    shutil.rmtree(tmp_path / "model")
-    run([str(CHECK), str(published)], tmp_path)
+KINDS = {
+    "embedding": (MoCaModel, {}),
+    "pretraining": (MoCaForPreTraining, {}),
+    "causal": (MoCaModel, {"bidirectional": False, "pooling": "last"}),
+}
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Exit status and errors of a check of each kind of model."""
+    folder = tmp_path_factory.mktemp("checked")
+    published = []
+    for kind, (model_class, kwargs) in KINDS.items():
+        published.append(export(save(folder / "model", model_class, **kwargs), folder / kind / "published"))
+        shutil.rmtree(folder / "model")
+    return dict(zip(KINDS, check_each(CHECK, published, folder)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_doors_agree_where_the_package_is_unknown(kind, checked):
+    status, errors = checked[kind]
+    assert status == 0, errors
 
 
 def test_embeddings_are_those_of_the_trained_model(exported):
@@ -134,10 +171,8 @@ def test_card_is_filled_and_every_snippet_runs(exported, tmp_path):
     assert card.data.library_name == "sentence-transformers" and card.data.license == "apache-2.0"
     assert "{{" not in card.text and "bidirectional attention" in card.text and '"Find: "' in card.text
     blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        assert str(exported) in block
-        run(["-c", block], tmp_path)
+    assert len(blocks) == 3 and all(str(exported) in block for block in blocks)
+    run_snippets(blocks, tmp_path)
 
 
 def test_truncated_embeddings_are_unit_length_when_asked(exported):
@@ -166,9 +201,8 @@ def test_script(exported, tmp_path):
     assert card.data.base_model == "org/base" and card.data.license == "mit"
     assert card.data.language == ["en", "de"] and card.data.datasets == ["org/pairs"]
     assert 'SentenceTransformer("org/moca-tiny", trust_remote_code=True)' in card.text
-    refused = subprocess.run(
-        [*command, "--repo", "moca"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    refused = forked.run(*command[1:], "--repo", "moca", folder=tmp_path)
+    assert refused.returncode != 0
     assert "The repository must be named owner/name, got 'moca'" in refused.stderr
 
 

@@ -19,7 +19,7 @@ from hub_cards import export, export_model
 from hub_cards.layouts import new_projection
 from modeling_moca import MoCaForPreTraining, MoCaModel
 from tests.families import family_backbone, family_processor
-from tests.hub_cards.test_export import run, save, tiny_picture
+from tests.hub_cards.test_export import check_each, run, run_snippets, save, tiny_picture
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.contrastive_cases import COLOURS, picture
 
@@ -33,22 +33,28 @@ def exported(tmp_path_factory):
     return export(save(folder / "model"), folder / "published", layout="multi_vector", prompts=prompts)
 
 
-@pytest.mark.parametrize(
-    ("model_class", "projection_dim", "bidirectional"),
-    [(MoCaModel, None, True), (MoCaForPreTraining, 16, True), (MoCaModel, 8, False)],
-)
-def test_both_doors_agree_where_the_package_is_unknown(model_class, projection_dim, bidirectional, tmp_path):
-    folder = save(tmp_path / "model", model_class, bidirectional=bidirectional)
-    published = export(folder, tmp_path / "published", layout="multi_vector", projection_dim=projection_dim)
-    run([str(CHECK), str(published)], tmp_path)
+KINDS = {"plain": (MoCaModel, None, True), "projected": (MoCaForPreTraining, 16, True), "causal": (MoCaModel, 8, False)}
 
 
-def test_backbones_that_take_tiles(tmp_path):
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Exit status and errors of a check of each kind of model, among them a backbone that takes tiles."""
+    folder = tmp_path_factory.mktemp("checked")
+    published = []
+    for kind, (model_class, projection_dim, bidirectional) in KINDS.items():
+        model = save(folder / f"{kind} model", model_class, bidirectional=bidirectional)
+        output = folder / kind / "published"
+        published.append(export(model, output, layout="multi_vector", projection_dim=projection_dim))
     model = MoCaModel.from_backbone(family_backbone("smolvlm"), mask_token_id=6)
-    published = export_model(
-        model, family_processor("smolvlm", max_length=512), tmp_path / "out", layout="multi_vector"
-    )
-    run([str(CHECK), str(published)], tmp_path)
+    processor = family_processor("smolvlm", max_length=512)
+    published.append(export_model(model, processor, folder / "tiles" / "published", layout="multi_vector"))
+    return dict(zip([*KINDS, "tiles"], check_each(CHECK, published, folder)))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "tiles"])
+def test_both_doors_agree_where_the_package_is_unknown(kind, checked):
+    status, errors = checked[kind]
+    assert status == 0, errors
 
 
 def test_weights_are_those_of_the_other_layout(exported, tmp_path):
@@ -83,8 +89,7 @@ def test_card_is_filled_and_every_snippet_runs(exported, tmp_path):
     assert "one vector of 32 numbers" in card.text and "projection" not in card.text and '"Find: "' in card.text
     blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert len(blocks) == 2
-    for block in blocks:
-        run(["-c", block], tmp_path)
+    run_snippets(blocks, tmp_path)
     projected = export(exported.parent / "model", tmp_path / "out", layout="multi_vector", projection_dim=8)
     assert "one vector of 8 numbers" in (projected / "README.md").read_text()
     assert "before the projection in `1_Dense`" in " ".join((projected / "README.md").read_text().split())

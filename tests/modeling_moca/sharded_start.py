@@ -1,7 +1,7 @@
 """Convert and load checkpoints on two ranks that share the weights, and check every tensor against the files.
 
-Started by test_sharded_start.py: `python -m torch.distributed.run ... sharded_start.py MODE FOLDER`, where FOLDER holds
-`stock`, `published` (`stock` with a trained MAE head beside it) and `moca` (`stock`, converted).
+Started by test_sharded_start.py as `sharded_start.py MODE FOLDER`, where FOLDER holds the checkpoints `stock`,
+`published` (`stock` with a trained MAE head beside it) and `moca` (`stock`, converted).
 """
 
 import json
@@ -23,6 +23,7 @@ from transformers import TrainerCallback  # noqa: E402
 from modeling_moca import MoCaForPreTraining  # noqa: E402
 from tests.tiny import tiny_processor  # noqa: E402
 from tests.trainers.cpt_rows import make_rows  # noqa: E402
+from tests.two_ranks import compile_nothing  # noqa: E402
 from trainers.cpt_config import CPTConfig  # noqa: E402
 from trainers.cpt_trainer import CPTTrainer  # noqa: E402
 
@@ -72,6 +73,7 @@ def zero3():
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             self.parameters = whole(getattr(model, "module", model))
 
+    compile_nothing()
     # Before any model is loaded, as in a script that parses its arguments first.
     zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
     arguments = CPTConfig(

@@ -1,7 +1,6 @@
 """Checkpoints as they lie on the Hub: old key layouts, flat configurations, shards, and the published MoCa models."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from modeling_moca import MoCaForPreTraining, MoCaModel, MoCaProcessor
-from tests.conftest import REPOSITORY
 from tests.families import family_backbone, family_image_processor, family_processor, family_tokenizer
+from tests.forked import run
 from tests.modeling_moca.test_families import batch_of
 from tests.tiny import tiny_backbone
 
@@ -218,20 +217,25 @@ print(size, *((peak[name] - before[name]) / size for name in ("VmRSS", "RssAnon"
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status, which Linux alone has")
-@pytest.mark.parametrize("kind", ["MoCaModel", "MoCaForPreTraining"])
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_peak_memory_stays_within_1_2_times_the_model(kind, dtype, tmp_path):
-    tiny_backbone().save_pretrained(tmp_path / "tiny")
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The program that measures, a checkpoint to get ready with, and one of several files."""
+    folder = tmp_path_factory.mktemp("measured")
+    (folder / "measure.py").write_text(MEASURE)
+    tiny_backbone().save_pretrained(folder / "tiny")
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 8000}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [32, 32, 32]}
     stock = tiny_backbone(rope_parameters=rope, vision_overrides={"out_hidden_size": 768}, **sizes).bfloat16()
-    stock.save_pretrained(tmp_path / "stock", max_shard_size="40MB")
-    assert len(list((tmp_path / "stock").glob("*.safetensors"))) > 4
-    arguments = [str(tmp_path / "tiny"), str(tmp_path / "stock"), kind, dtype]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=300
-    )
+    stock.save_pretrained(folder / "stock", max_shard_size="40MB")
+    assert len(list((folder / "stock").glob("*.safetensors"))) > 4
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status, which Linux alone has")
+@pytest.mark.parametrize("kind", ["MoCaModel", "MoCaForPreTraining"])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_peak_memory_stays_within_1_2_times_the_model(kind, dtype, measured):
+    done = run(measured / "measure.py", measured / "tiny", measured / "stock", kind, dtype)
     assert done.returncode == 0, done.stderr[-3000:]
     # The last line: packages that are imported on the way may print lines of their own.
     size, resident, anonymous = map(float, done.stdout.splitlines()[-1].split())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from modeling_moca import MoCaForPreTraining
 from tests.conftest import REPOSITORY
 from tests.tiny import tiny_backbone
-from tests.two_ranks import needs_deepspeed, start_two_ranks
+from tests.two_ranks import fork_two_ranks, needs_deepspeed
 
 
 def write_checkpoints(folder):
@@ -29,7 +29,7 @@ def write_checkpoints(folder):
 @pytest.mark.parametrize("mode", ["fsdp", pytest.param("zero3", marks=needs_deepspeed)])
 def test_every_weight_and_the_mae_decoder_arrive(mode, tmp_path):
     write_checkpoints(tmp_path)
-    start_two_ranks(REPOSITORY / "tests" / "modeling_moca" / "sharded_start.py", mode, tmp_path)
+    fork_two_ranks(REPOSITORY / "tests" / "modeling_moca" / "sharded_start.py", mode, tmp_path)
     first, second = (json.loads((tmp_path / f"{mode}-{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["world_size"] == 2

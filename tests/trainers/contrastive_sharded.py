@@ -1,8 +1,7 @@
 """Fine-tune a tiny model on ranks that share its weights.
 
-Started by test_contrastive_sharded.py: `python -m torch.distributed.run ... contrastive_sharded.py MODE FOLDER` or, for
-FSDP2, `accelerate launch ...`, where FOLDER holds the model to start from; `train_all("whole", FOLDER)` is one process,
-for comparison.
+Started by test_contrastive_sharded.py as `contrastive_sharded.py MODE FOLDER` on two ranks, where FOLDER holds the
+model to start from; `train_all("whole", FOLDER)` is one process, for comparison.
 """
 
 import json
@@ -17,7 +16,7 @@ import pytest
 from transformers import TrainerCallback
 
 from tests.trainers.contrastive_cases import arguments, build, mixed_task, picture, texts_task
-from tests.two_ranks import shard_on_cpus, zero_settings
+from tests.two_ranks import compile_nothing, shard_on_cpus, zero_settings
 from trainers.contrastive_trainer import ContrastiveTrainer
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "max_steps": 3}
@@ -105,9 +104,10 @@ def train_all(mode, folder):
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "fsdp2":
-        with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if sys.argv[1] == "fsdp2":
             shard_on_cpus(monkeypatch)
             train_all(sys.argv[1], Path(sys.argv[2]))
-    else:
-        train(sys.argv[1], Path(sys.argv[2]))
+        else:
+            compile_nothing()
+            train(sys.argv[1], Path(sys.argv[2]))

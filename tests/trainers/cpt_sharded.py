@@ -1,6 +1,6 @@
 """Train a tiny model on ranks that share its weights, where one rank's batches hold images and the other's none.
 
-Started by test_cpt_sharded.py: `accelerate launch ... cpt_sharded.py MODE FOLDER`, where FOLDER holds `start`, the
+Started by test_cpt_sharded.py as `cpt_sharded.py MODE FOLDER` on two ranks, where FOLDER holds `start`, the
 model to start from, and `stock`, the checkpoint that it was made from; `train_all("whole", FOLDER)` is one process, for
 comparison.
 """
@@ -18,7 +18,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_moca import MoCaForPreTraining
 from tests.tiny import tiny_processor
 from tests.trainers.cpt_rows import make_row
-from tests.two_ranks import shard_on_cpus
+from tests.two_ranks import compile_nothing, shard_on_cpus
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
@@ -102,4 +102,6 @@ if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as monkeypatch:
         if sys.argv[1] == "fsdp2":
             shard_on_cpus(monkeypatch)
+        else:
+            compile_nothing()
         train_all(sys.argv[1], Path(sys.argv[2]))

@@ -1,23 +1,15 @@
 """Training runs in processes of their own, which tests kill."""
 
 import json
-import os
-import subprocess
-import sys
 import time
+
+from tests.forked import Forked
 
 
 def start(program, folder, output, **settings):
-    """Start `python program FOLDER OUTPUT name=value ...`, with JSON values."""
-    return subprocess.Popen(
-        [sys.executable, program, str(folder), str(output), *setting_flags(**settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # Signals go to the whole group, workers included, as a scheduler sends them.
-        start_new_session=True,
-    )
+    """Start `program FOLDER OUTPUT name=value ...`, with JSON values."""
+    # Signals go to the whole group, workers included, as a scheduler sends them.
+    return Forked(program, folder, output, *setting_flags(**settings), own_session=True)
 
 
 def setting_flags(**settings):

@@ -5,14 +5,14 @@ import torch
 
 from tests.trainers import contrastive_loss_ranks
 from tests.trainers.contrastive_cases import save_checkpoint
-from tests.two_ranks import start_two_ranks
+from tests.two_ranks import fork_two_ranks
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_checkpoint(folder)
-    start_two_ranks(contrastive_loss_ranks.__file__, folder)
+    fork_two_ranks(contrastive_loss_ranks.__file__, folder)
     return folder, contrastive_loss_ranks.compute("whole", "plain", folder)
 
 

@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from trl import ModelConfig, TrlParser
 
 from modeling_moca import MoCaModel, MoCaProcessor
+from tests import forked
 from tests.conftest import REPOSITORY
 from tests.tiny import tiny_backbone
 from tests.trainers.contrastive_cases import (
@@ -336,22 +337,17 @@ def test_example_script(checkpoint, tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**config, "temprature": 0.05}))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
-    def launch(name):
-        flags = ["--model_name_or_path", checkpoint, "--output_dir", tmp_path / "output", "--max_steps", "2"]
-        flags += ["--per_device_train_batch_size", "4"]
-        script = [sys.executable, REPOSITORY / "examples/train_contrastive.py", "--config", tmp_path / f"{name}.yaml"]
-        return subprocess.Popen(
-            [*script, *flags],
-            env=environment,
-            cwd=tmp_path,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-
-    good, bad = launch("good"), launch("bad")
-    _, errors = good.communicate(timeout=120)
-    assert good.returncode == 0, errors[-4000:]
+    command = [REPOSITORY / "examples/train_contrastive.py", "--model_name_or_path", checkpoint, "--max_steps", "2"]
+    command += ["--output_dir", tmp_path / "output", "--per_device_train_batch_size", "4", "--config"]
+    good = subprocess.run(
+        [sys.executable, *command, tmp_path / "good.yaml"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert good.returncode == 0, good.stderr[-4000:]
     assert SentenceTransformer(str(tmp_path / "output"), device="cpu").encode("the sea").shape == (32,)
     report = json.loads((tmp_path / "output" / "data_report.json").read_text())["datasets"]
     assert report["texts"]["num_negatives_equal_to_positive"] == 1 and report["mixed"]["used"]["num_rows"] >= 4
@@ -362,9 +358,9 @@ def test_example_script(checkpoint, tmp_path):
     history = json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
     assert any("eval_held_out_loss" in entry for entry in history)
     assert any(0 < entry.get("eval_held_out_ndcg_at_10", 0) <= entry["eval_ndcg_at_10"] for entry in history)
-    _, errors = bad.communicate(timeout=120)
+    bad = forked.run(*command, tmp_path / "bad.yaml", folder=tmp_path)
     assert bad.returncode != 0
-    assert "Unknown arguments from config file" in errors and "temprature" in errors
+    assert "Unknown arguments from config file" in bad.stderr and "temprature" in bad.stderr
 
 
 @pytest.mark.parametrize("name", ["moca_3b", "reference_3b", "tiny"])

@@ -14,7 +14,7 @@ import torch
 from tests.trainers import cpt_run, runs
 from tests.trainers.cpt_sources import numbered_rows, write_parquet, write_tars
 from tests.trainers.runs import finish, result, setting_flags, wait_for
-from tests.two_ranks import start_two_ranks
+from tests.two_ranks import fork_two_ranks
 from trainers.checkpoints import MARKER, find_checkpoint, last_complete
 
 MODES = [(False, 2), (True, 2)]
@@ -93,11 +93,11 @@ def test_termination_saves_and_stops(folder, whole, tmp_path):
 
 def test_two_ranks_resume(folder, tmp_path):
     arguments = setting_flags(streaming=True, dataloader_num_workers=1, max_steps=6, save_steps=3)
-    start_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
+    fork_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
     expected, expected_record = result(tmp_path / "run"), runs.record(tmp_path / "run")
     assert expected[0][0]["num_rows"] > 20
     shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    start_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
+    fork_two_ranks(cpt_run.__file__, folder, tmp_path / "run", *arguments)
     assert result(tmp_path / "run") == expected
     assert runs.record(tmp_path / "run") == expected_record
 

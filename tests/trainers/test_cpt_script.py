@@ -1,8 +1,6 @@
 """examples/train_cpt.py from YAML to a folder that loads; and the loading of its data."""
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from trl import TrlParser
 from examples import train_cpt
 from hub_cards.export import export
 from modeling_moca import MoCaForPreTraining
+from tests.forked import run
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers.cpt_rows import make_row, make_rows
 from trainers.contrastive_trainer import build_sentence_transformer
@@ -72,14 +71,7 @@ def main(monkeypatch, *arguments):
 
 
 def run_script(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, str(REPOSITORY / "examples" / "train_cpt.py"), *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    return run(REPOSITORY / "examples" / "train_cpt.py", *arguments, folder=folder)
 
 
 def test_script_trains_from_yaml_and_leaves_a_folder_that_loads(folder):

@@ -11,7 +11,7 @@ from tests.modeling_moca.batches import interleaved_batch, masked_batch
 from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers import cpt_sharded
 from tests.trainers.cpt_rows import make_row
-from tests.two_ranks import needs_deepspeed, start_two_ranks
+from tests.two_ranks import fork_two_ranks, needs_deepspeed, start_two_ranks
 from trainers.cpt_config import CPTConfig
 from trainers.cpt_trainer import CPTTrainer
 
@@ -58,7 +58,8 @@ def check(folder, mode, scenario, rel=1e-5, atol=1e-5):
 @pytest.mark.parametrize("mode", ["zero2", "zero3"])
 def test_zero_equals_one_process(mode, folder):
     flags = ["--zero_stage", "2", "--zero3_init_flag", "false"] if mode == "zero2" else []
-    start_two_ranks(cpt_sharded.__file__, mode, folder, config="zero3", flags=flags)
+    start = start_two_ranks if mode == "zero3" else fork_two_ranks
+    start(cpt_sharded.__file__, mode, folder, config="zero3", flags=flags)
     for scenario in cpt_sharded.SCENARIOS_OF[mode]:
         result, _ = check(folder, mode, scenario)
         assert result["distributed_type"] == "DistributedType.DEEPSPEED"

@@ -1,7 +1,6 @@
 """MMEB from folders, zip files and the Hub: what goes on after a kill, what is refused, and how it is named."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from hub_cards.results import read_results
+from tests.forked import run
 from tests.hub_cards.hub_server import Hub
 from tests.trainers.mmeb_folder import (
     MARK,
@@ -39,12 +39,6 @@ def dataset(tmp_path):
     return tmp_path / "mmeb"
 
 
-def in_a_process(environment, settings, *arguments):
-    environment = {**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.trainers.mmeb_folder", json.dumps(settings), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 def test_images_come_from_a_zip_file_as_well(dataset, tmp_path):
     expected, _ = evaluate(dataset, tmp_path / "folder")
     zip_folder(dataset / "images", dataset / "images.zip")
@@ -57,8 +51,9 @@ def test_images_come_from_a_zip_file_as_well(dataset, tmp_path):
 
 def test_a_killed_run_goes_on_behind_its_last_finished_task(dataset, tmp_path):
     output = tmp_path / "out"
-    run = in_a_process(os.environ, {"dataset_path": str(dataset), "output_dir": str(output)}, "12")
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    settings = {"dataset_path": str(dataset), "output_dir": str(output)}
+    done = run("tests.trainers.mmeb_folder", json.dumps(settings), "12")
+    assert done.returncode == -signal.SIGKILL, done.stderr
     # 21 inputs are 11 batches: the second task was under way.
     assert [path.name for path in (output / "results").iterdir()] == ["ImageNet-1K.json"]
     # What a crash may leave, and a file that is not whole, count as nothing.
@@ -94,8 +89,10 @@ def test_rows_are_streamed_from_the_hub_at_one_commit(dataset, tmp_path, monkeyp
             commit = api.upload_folder(repo_id="org/mmeb", folder_path=dataset, repo_type="dataset").oid
         settings = {"dataset_path": "org/mmeb", "image_folder": str(tmp_path / "images.zip"), "tasks": list(expected)}
         settings["output_dir"] = str(tmp_path / "out")
-        run = in_a_process(hub.environment(tmp_path / "home"), settings)
-        assert run.returncode == 0, run.stderr
+        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.trainers.mmeb_folder", json.dumps(settings)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     results = read_results([tmp_path / "out" / "results" / f"{name}.json" for name in expected])
     assert [result.metrics["p_at_1"] for result in results] == [found["p_at_1"] for found in expected.values()]
     assert {(result.dataset["id"], result.dataset["revision"]) for result in results} == {("org/mmeb", commit)}

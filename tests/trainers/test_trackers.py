@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.forked import run
 from tests.trainers import tracked_run
 
 TRACKERS = [name for name in ("tensorboard", "trackio", "wandb") if importlib.util.find_spec(name) is not None]
@@ -31,15 +29,9 @@ def folder(tmp_path_factory):
     if not TRACKERS:
         pytest.skip("none of tensorboard, trackio and wandb is installed (pip install moca[logging])")
     folder = tmp_path_factory.mktemp("trackers")
-    environment = {**os.environ, "TRACKIO_DIR": str(folder / "trackio"), "OMP_NUM_THREADS": "1"}
+    environment = {"TRACKIO_DIR": str(folder / "trackio")}
     environment |= {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_SILENT": "true"}
-    done = subprocess.run(
-        [sys.executable, tracked_run.__file__, str(folder), *TRACKERS],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run(tracked_run.__file__, folder, *TRACKERS, environment=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 

@@ -15,7 +15,7 @@ from tests.tiny import tiny_backbone, tiny_processor
 from tests.trainers import contrastive_run, cpt_run, runs
 from tests.trainers.contrastive_cases import save_checkpoint
 from tests.trainers.cpt_sources import numbered_rows, write_parquet, write_tars
-from tests.two_ranks import start_two_ranks
+from tests.two_ranks import fork_two_ranks
 from trainers.contrastive_config import ContrastiveConfig
 from trainers.contrastive_trainer import ContrastiveTrainer, build_sentence_transformer
 from trainers.cpt_config import CPTConfig
@@ -98,7 +98,7 @@ def rejected_lines(folder):
 
 def test_two_ranks_count_together(folder, tmp_path):
     arguments = runs.setting_flags(streaming=True, max_steps=2, save_steps=2)
-    start_two_ranks(cpt_run.__file__, folder, tmp_path, *arguments)
+    fork_two_ranks(cpt_run.__file__, folder, tmp_path, *arguments)
     (stage,) = record(tmp_path)["stages"]
     assert sum(entry["used_rows"] for entry in stage["datasets"]) == stage["rows"] > 20
     assert stage["environments"][0]["num_processes"] == sum(stage["environments"][0]["devices"].values()) == 2

@@ -107,12 +107,19 @@ def plot_contact_sheet(path, searched, queries_per_task=4):
     plt.close(figure)
 
 
-def plot_reconstruction(path, folder, processor):
-    """Draw held-out images, masked and reconstructed by the model of stage 1."""
+def plot_reconstruction(path, folder, processor, rows, max_length):
+    """Draw the images of rows as they are, masked, and reconstructed by the model of stage 1.
+
+    Args:
+        path (`pathlib.Path`): file to write.
+        folder (`pathlib.Path`): model of stage 1.
+        processor ([`MoCaProcessor`]): turns pixels into patches.
+        rows (`list[dict]`): `text` and `images`, two images or more together.
+        max_length (`int`): most tokens of a row.
+    """
     model = MoCaForPreTraining.from_pretrained(folder).eval()
-    rows = [row for row in pretraining_rows("dev", 0) if len(row["images"]) == 2][:1]
-    batch = CPTCollator(processor, max_length=256)(rows)
-    original = CPTCollator(processor, max_length=256, mlm_ratio=0.0, mae_ratio=0.0)(rows)["pixel_values"]
+    batch = CPTCollator(processor, max_length=max_length)(rows)
+    original = CPTCollator(processor, max_length=max_length, mlm_ratio=0.0, mae_ratio=0.0)(rows)["pixel_values"]
     with torch.no_grad():
         predicted = model(**{name: value for name, value in batch.items() if name != "skipped_rows"}).patch_predictions
     per_token = model.config.num_patches_per_token
@@ -146,7 +153,8 @@ def write_report(output, table, history, searched, processor):
     pictures = {name: output / f"{name}.png" for name in ("losses", "contact_sheet", "reconstruction")}
     plot_losses(pictures["losses"], history)
     plot_contact_sheet(pictures["contact_sheet"], searched)
-    plot_reconstruction(pictures["reconstruction"], output / "seed-0" / "cpt", processor)
+    rows = [row for row in pretraining_rows("dev", 0) if len(row["images"]) == 2][:1]
+    plot_reconstruction(pictures["reconstruction"], output / "seed-0" / "cpt", processor, rows, max_length=256)
     lines = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines()]
     rows = [f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>" for cells in (lines[0], *lines[2:])]
     inline = {name: _data_url(path) for name, path in pictures.items()}

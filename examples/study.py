@@ -47,8 +47,9 @@ def main():
     raw = study.run_table()
     if not args.no_curves:
         raw["curves"] = study.run_curves(raw["chosen"])
+    raw["minutes"] = {part: round(seconds / 60, 1) for part, seconds in study.seconds.items()}
     write(study, raw)
-    logger.info("%s, after %.0f minutes of work", output / "results.json", raw["seconds"] / 60)
+    logger.info("%s, after minutes of work: %s", output / "results.json", raw["minutes"])
 
 
 def write(study, raw):
@@ -63,7 +64,7 @@ def write(study, raw):
     processor = MoCaProcessor.from_pretrained(model)
     captions = [row for row in unlabelled_rows(study.data, "dev", study.scale.num_characters) if row["images"]]
     pictures = captions[-40::10]  # rows of captions stand last
-    plot_reconstruction(study.output / "figures" / "reconstruction.png", model, processor, pictures, length)
+    plot_reconstruction(study.output / "figures" / "reconstruction.jpg", model, processor, pictures, length)
     texts = [row["text"] for row in unlabelled_rows(study.data, "dev", study.scale.num_characters) if not row["images"]]
     filled = [filled_in(model, processor, text, length) for text in texts[::200][:3]]
     sections = {**render(results), "filled-in": "\n\n".join("> " + " ".join(text.split()) for text in filled)}

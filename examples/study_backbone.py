@@ -134,7 +134,7 @@ def next_token_training(backbone, folder, rows, settings, scale):
         scale: image tokens and length of a row.
 
     Returns:
-        `list[dict]`: the log history.
+        `TrainerState`: log history and number of tokens.
     """
     set_seed(settings["seed"])
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone, dtype=torch.float32)
@@ -154,10 +154,15 @@ def next_token_training(backbone, folder, rows, settings, scale):
         inputs["mm_token_type_ids"] = (ids == processor.image_token_id).long()
         return inputs
 
-    args = TrainingArguments(remove_unused_columns=False, label_names=["labels"], **settings)
+    args = TrainingArguments(
+        remove_unused_columns=False,
+        label_names=["labels"],
+        include_num_input_tokens_seen="non_padding",
+        **settings,
+    )
     trainer = Trainer(model, args, train_dataset=rows, data_collator=collate)
     trainer.train()
     model.save_pretrained(folder)
     for part in (processor.tokenizer, processor.image_processor):
         part.save_pretrained(folder)
-    return trainer.state.log_history
+    return trainer.state

@@ -20,8 +20,8 @@ FAMILIES = {
     "text": ("passages",),
 }
 TASKS = tuple(task for tasks in FAMILIES.values() for task in tasks)
-# Rows of one class and of one task in stage 2, so that a batch has different classes, and no task most of the batches.
-ROWS_PER_CLASS, ROWS_PER_TASK = 30, 1300
+# Of a task in stage 2, so that none has most of the batches.
+ROWS_PER_TASK = 1300
 HEADING = re.compile(r"^#+ (.+)$")
 SENTENCE = re.compile(r".+?(?:[.!?]\s+|\n\n|$)", re.DOTALL)
 BARE_HEADINGS = ("Introduction", "Thinking Ahead", "Summary", "Exercises", "Discussions")
@@ -29,10 +29,7 @@ BARE_HEADINGS = ("Introduction", "Thinking Ahead", "Summary", "Exercises", "Disc
 
 def read(folder, name):
     """Return the rows of a Parquet file of the data folder, in their order."""
-    path = Path(folder) / f"{name}.parquet"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: --data must name a folder with the files that docs/study.md lists.")
-    return pyarrow.parquet.read_table(path).to_pylist()
+    return pyarrow.parquet.read_table(_file(folder, f"{name}.parquet")).to_pylist()
 
 
 def fingerprint(folder):
@@ -40,8 +37,8 @@ def fingerprint(folder):
     digest = hashlib.sha256()
     for split in ("train", "dev", "test"):
         for name in FILES:
-            digest.update((Path(folder) / f"{name.format(split)}.parquet").read_bytes())
-    for path in sorted((Path(folder) / "tokenizer").iterdir()):
+            digest.update(_file(folder, f"{name.format(split)}.parquet").read_bytes())
+    for path in sorted(_file(folder, "tokenizer/vocab.json").parent.iterdir()):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -121,16 +118,17 @@ def searches(folder, split):
     return found
 
 
-def labelled_pairs(folder, split, leave_out=()):
+def labelled_pairs(folder, split, rows_per_class, leave_out=()):
     """Return stage 2's data sets by task, with columns `query` and `positive`; of larger ones rows at equal distances.
 
     Args:
+        rows_per_class: most photos of a class: no more than there are batches, which have different classes each.
         leave_out: families of `FAMILIES` that are not there.
     """
     result = {}
     for family, tasks in FAMILIES.items():
         for task in tasks if family not in leave_out else ():
-            pairs = list(_pairs(folder, split, task))
+            pairs = list(_pairs(folder, split, task, rows_per_class))
             pairs = pairs[:: -(-len(pairs) // ROWS_PER_TASK)]
             columns = {"query": [query for query, _ in pairs], "positive": [positive for _, positive in pairs]}
             features = {}
@@ -140,7 +138,14 @@ def labelled_pairs(folder, split, leave_out=()):
     return result
 
 
-def _pairs(folder, split, task):
+def _file(folder, name):
+    path = Path(folder) / name
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: --data must name a folder with the files that docs/study.md lists.")
+    return path
+
+
+def _pairs(folder, split, task, rows_per_class=None):
     """Yield (query, positive) of a task."""
     if task == "pages":
         pages = {page["page_id"]: page["image"] for page in read(folder, f"visdoc/pages-{split}")}
@@ -158,7 +163,7 @@ def _pairs(folder, split, task):
         counts = {}
         for row in read(folder, f"photo_cls/{split}"):
             counts[row["label_text"]] = counts.get(row["label_text"], 0) + 1
-            if split != "train" or counts[row["label_text"]] <= ROWS_PER_CLASS:
+            if rows_per_class is None or counts[row["label_text"]] <= rows_per_class:
                 yield {"image": row["image"]}, {"text": row["label_text"]}
     else:
         for row in read(folder, f"text_pairs/{split}"):

@@ -1,5 +1,6 @@
 """The study's figures: one a claim, curves, and what stage 1 fills in for hidden patches and tokens."""
 
+import re
 import statistics
 
 import matplotlib
@@ -15,8 +16,8 @@ from modeling_moca import MoCaForPreTraining
 from trainers.cpt_collator import CPTCollator
 from trainers.cpt_config import CPTConfig
 
-# The same file from the same results.
-plt.rcParams["svg.hashsalt"] = "study"
+# The same file from the same results; text as text, not as outlines.
+plt.rcParams.update({"svg.hashsalt": "study", "svg.fonttype": "none"})
 
 
 def draw_figures(folder, results):
@@ -91,9 +92,9 @@ def _curve(results, setting, points):
 
 
 def filled_in(model_folder, processor, text, max_length):
-    """Return a text in which every hidden token is shown as what stage 1 predicts for it, in Markdown.
+    """Return a text in which every hidden token is shown with what stage 1 predicts for it, in Markdown.
 
-    A right one stands in bold, a wrong one as `~~token~~ prediction`.
+    A right one stands as `**[token]**`, a wrong one as `[token → prediction]`, without the space before it.
     """
     model = MoCaForPreTraining.from_pretrained(model_folder).eval()
     batch = CPTCollator(processor, max_length=max_length, shift_labels=model.config.shift_labels)([{"text": text}])
@@ -106,12 +107,19 @@ def filled_in(model_folder, processor, text, max_length):
     for true, is_hidden in zip(whole["input_ids"][0].tolist(), chosen.tolist()):
         token = processor.tokenizer.decode([true])
         if not is_hidden:
-            words.append(token)
+            words.append(_plain(token))
             continue
         found = processor.tokenizer.decode([next(predictions)])
-        gap = " " if token.startswith(" ") else ""
-        words.append(f"{gap}**{token.strip()}**" if found == token else f"{gap}~~{token.strip()}~~ {found.strip()}")
+        gap = " " if token[:1].isspace() else ""
+        true_text, found_text = (_plain(text.strip()) or "⏎" for text in (token, found))
+        shown = f"**[{true_text}]**" if found == token else f"[{true_text} → {found_text}]"
+        words.append(gap + shown)
     return "".join(words)
+
+
+def _plain(text):
+    """Keep characters from being taken for Markdown."""
+    return re.sub(r"([\\`*_\[\]<>#~|])", r"\\\1", text)
 
 
 def _save(figure, path):

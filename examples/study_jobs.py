@@ -7,6 +7,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import study_runs
@@ -67,8 +68,13 @@ class Study:
         path = self.output / name / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
-    def run(self, jobs):
-        """Run those of the jobs that have no result yet, some at a time, and return all results by name."""
+    def run(self, jobs, part="table"):
+        """Run those of the jobs that have no result yet, some at a time, and return all results by name.
+
+        Args:
+            jobs: one may stand there twice.
+            part: whose time it counts to, "table" or "curves".
+        """
         todo = {job.name: job for job in jobs if self.result(job.name) is None}
         start = time.perf_counter()
         if todo:
@@ -87,10 +93,15 @@ class Study:
                 (self.scale,),
             ) as pool:
                 jobs_of = {pool.submit(run_job, job, self.output, self.data, self.scale): job for job in todo.values()}
-                for future in as_completed(jobs_of):
-                    future.result()
-                    logger.info("%s (%.0f s)", jobs_of[future].name, time.perf_counter() - start)
-        self._add_seconds(time.perf_counter() - start)
+                try:
+                    for future in as_completed(jobs_of):
+                        future.result()
+                        logger.info("%s (%.0f s)", jobs_of[future].name, time.perf_counter() - start)
+                except BaseException:
+                    # Else the error is seen when all the others have run.
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        self._add_seconds(part, time.perf_counter() - start)
         return {job.name: self.result(job.name) for job in jobs}
 
     def trials(self, row):
@@ -125,7 +136,7 @@ class Study:
 
     def run_table(self):
         """Choose learning rates on the dev rows, run every seed with them, and search the held-out rows once."""
-        first, *others = self.scale.seeds
+        first = self.scale.seeds[0]
         self.run([Job("backbone", "make_backbone", {})])
         kinds = {row.pretraining for row in self.rows.values()} - {None}
         self.run(
@@ -145,13 +156,7 @@ class Study:
             name: {rates: results[job.name]["score"] for rates, job in jobs.items()} for name, jobs in trials.items()
         }
         chosen = {name: max(of_row, key=of_row.get) for name, of_row in scores.items()}
-        pretrainings = [
-            self.pretraining(row.pretraining, chosen[name][0], seed)
-            for name, row in self.rows.items()
-            if row.pretraining is not None
-            for seed in others
-        ]
-        self.run(pretrainings)
+        self.run(self._pretrainings(chosen))
         runs = {name: [self.tuning(name, chosen[name], seed) for seed in self.scale.seeds] for name in self.rows}
         self.run([job for jobs in runs.values() for job in jobs])
         held_out = {
@@ -174,9 +179,9 @@ class Study:
             "chosen": {name: list(rates) for name, rates in chosen.items()},
             "dev": {name: [self.result(job.name)["score"] for job in jobs] for name, jobs in runs.items()},
             "test": {name: [self.result(job.name)["test"] for job in jobs] for name, jobs in held_out.items()},
+            "num_tokens": {name: self._num_tokens(name, jobs) for name, jobs in runs.items()},
             "backbone": self.result("backbone"),
-            "cpt": {job.name: self.result(job.name) for job in pretrainings},
-            "seconds": self._seconds(),
+            "cpt": {job.name: self.result(job.name) for job in self._pretrainings(chosen)},
         }
 
     def run_curves(self, chosen):
@@ -189,7 +194,7 @@ class Study:
                 settings = {} if setting == "learning_rate" else {setting: value}
                 rate = cpt_rate * value if setting == "learning_rate" else cpt_rate
                 curves[setting][value] = self.pretraining("moca", rate, first, settings, f"-{setting}-{value:g}")
-        self.run([job for jobs in curves.values() for job in jobs.values()])
+        self.run([job for jobs in curves.values() for job in jobs.values()], "curves")
         tuned = {
             setting: {
                 value: Job(
@@ -201,11 +206,32 @@ class Study:
             }
             for setting, jobs in curves.items()
         }
-        results = self.run([job for jobs in tuned.values() for job in jobs.values()])
+        results = self.run([job for jobs in tuned.values() for job in jobs.values()], "curves")
         return {
             setting: [{"value": value, "score": results[job.name]["score"]} for value, job in jobs.items()]
             for setting, jobs in tuned.items()
         }
+
+    def _pretrainings(self, chosen):
+        """Return the jobs of stage 1 that the table rests on, each once."""
+        jobs = [
+            self.pretraining(row.pretraining, chosen[name][0], seed)
+            for name, row in self.rows.items()
+            if row.pretraining is not None
+            for seed in self.scale.seeds
+        ]
+        return list({job.name: job for job in jobs}.values())
+
+    def _num_tokens(self, name, jobs):
+        """Return the tokens that a row has seen in stage 1 and in stage 2, a number a seed."""
+        row = self.rows[name]
+        first = [0] * len(jobs)
+        if row.pretraining is not None:
+            part = 1 if row.part == "last" else Fraction(row.part.replace("-", "/"))
+            starts = [job.arguments["start_model"] for job in jobs]
+            names = [str(Path(start).parent.relative_to(self.output)) for start in starts]
+            first = [round(self.result(name)["num_tokens"] * part) for name in names]
+        return {"cpt": first, "cl": [self.result(job.name)["num_tokens"] for job in jobs]}
 
     def _tuning(self, row, start, learning_rate, seed):
         return {
@@ -216,12 +242,16 @@ class Study:
             "seed": seed,
         }
 
-    def _seconds(self):
+    @property
+    def seconds(self):
+        """How long the table and the curves have taken, over all starts."""
         path = self.output / "seconds.json"
-        return json.loads(path.read_text()) if path.exists() else 0.0
+        return json.loads(path.read_text()) if path.exists() else {"table": 0.0, "curves": 0.0}
 
-    def _add_seconds(self, seconds):
-        (self.output / "seconds.json").write_text(json.dumps(self._seconds() + seconds))
+    def _add_seconds(self, part, seconds):
+        total = self.seconds
+        total[part] += seconds
+        (self.output / "seconds.json").write_text(json.dumps(total))
 
 
 def _slug(name):

@@ -110,6 +110,7 @@ def render(results):
         "tasks": _tasks(results),
         "learning-rates": _learning_rates(results),
         "cpt": _cpt(results),
+        "tokens": _num_tokens(results),
         **({"curves": _curves(results)} if "curves" in results else {}),
     }
 
@@ -175,6 +176,13 @@ def _cpt(results):
     for name, run in results["cpt"].items():
         losses = run.get("held_out", {})
         lines.append(_line(name, *(f"{losses[key]:.3f}" if key in losses else "" for key in ("mlm_loss", "mae_loss"))))
+    return "\n".join(lines)
+
+
+def _num_tokens(results):
+    lines = [_line("row", "tokens of stage 1", "tokens of stage 2"), _rule(3)]
+    for row, found in results["num_tokens"].items():
+        lines.append(_line(row, *(f"{statistics.mean(found[stage]):,.0f}" for stage in ("cpt", "cl"))))
     return "\n".join(lines)
 
 

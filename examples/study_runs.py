@@ -70,16 +70,22 @@ def make_backbone(folder, data, scale):
     settings = next_token_settings(folder, scale, 0, scale.backbone_steps, scale.backbone_learning_rate)
     settings["dataloader_num_workers"] = 1  # nothing else runs yet
     rows = unlabelled_rows(data, "train", scale.num_characters)
-    history = next_token_training(untrained, folder, rows, settings, scale)
+    state = next_token_training(untrained, folder, rows, settings, scale)
     for name, bidirectional in (("causal", False), ("bidirectional", True)):
         _as_moca(folder, Path(folder) / name, bidirectional, scale)
     model = MoCaModel.from_pretrained(Path(folder) / "causal")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"history": _losses(history), "num_rows": len(rows), "num_parameters": parameters, "seconds": _since(start)}
+    return {
+        "history": _losses(state.log_history),
+        "num_tokens": int(state.num_input_tokens_seen),
+        "num_rows": len(rows),
+        "num_parameters": parameters,
+        "seconds": _since(start),
+    }
 
 
 def pretrain(folder, data, scale, backbone, settings, learning_rate, seed):
-    """Stage 1, or with settings None next-token training in its place, on the same rows; return its losses.
+    """Stage 1, or with settings None next-token training in its place, on the same rows; return its losses and tokens.
 
     The models after an eighth, a quarter and a half lie beside the last one.
     """
@@ -87,9 +93,10 @@ def pretrain(folder, data, scale, backbone, settings, learning_rate, seed):
     rows, dev = (unlabelled_rows(data, split, scale.num_characters) for split in ("train", "dev"))
     if settings is None:
         training = next_token_settings(folder / "vlm", scale, seed, scale.cpt_steps, learning_rate)
-        history = next_token_training(backbone, folder / "vlm", rows, training, scale)
+        state = next_token_training(backbone, folder / "vlm", rows, training, scale)
         _as_moca(folder / "vlm", folder / "last", False, scale)
-        return {"history": _losses(history), "seconds": _since(start)}
+        losses, num_tokens = _losses(state.log_history), int(state.num_input_tokens_seen)
+        return {"history": losses, "num_tokens": num_tokens, "seconds": _since(start)}
     set_seed(seed)
     processor = make_processor(backbone, scale.num_image_tokens, scale.cpt_max_length)
     model = MoCaForPreTraining.from_backbone(backbone, mask_token_id=processor.mask_token_id, dtype=torch.float32)
@@ -124,6 +131,7 @@ def pretrain(folder, data, scale, backbone, settings, learning_rate, seed):
     _save(model, processor, folder / "last")
     return {
         "history": _losses(trainer.state.log_history),
+        "num_tokens": trainer.training_record()["stages"][-1]["tokens"],
         "held_out": {name: held_out[f"eval_{name}"] for name in ("mlm_loss", "mae_loss") if f"eval_{name}" in held_out},
         "seconds": _since(start),
     }
@@ -143,13 +151,14 @@ def fine_tune(folder, data, scale, start_model, leave_out, task_batches, learnin
         task_batches=task_batches,
         on_bad_row="raise",
     )
-    trainer = ContrastiveTrainer(model, config, labelled_pairs(data, "train", leave_out))
+    trainer = ContrastiveTrainer(model, config, labelled_pairs(data, "train", scale.rows_per_class, leave_out))
     trainer.train()
     trainer.save_model(str(Path(folder) / "model"))
     trained = time.perf_counter()
     dev = evaluate(model, data, "dev", scale.num_dev_queries)
     return {
         "history": _losses(trainer.state.log_history),
+        "num_tokens": trainer.training_record()["stages"][-1]["tokens"],
         "dev": {task: {name: statistics.mean(values) for name, values in found.items()} for task, found in dev.items()},
         "score": family_mean({task: statistics.mean(found["nDCG@5"]) for task, found in dev.items()}),
         "seconds": trained - start,

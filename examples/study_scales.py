@@ -18,6 +18,7 @@ class Scale:
         backbone_steps, backbone_learning_rate: of the next-token training that makes the backbone.
         cpt_steps, cpt_batch_size: of stage 1; the backbone's batches are as large.
         cl_steps, cl_batch_size: of stage 2.
+        rows_per_class: most photos of a class in stage 2.
         cpt_learning_rates: two of them, each tried with both of `cl_learning_rates`.
         cl_learning_rates: two of them.
         wide_learning_rates: of stage 2, for rows without stage 1: as many trials as the others have.
@@ -40,6 +41,7 @@ class Scale:
     cpt_batch_size: int
     cl_steps: int
     cl_batch_size: int
+    rows_per_class: int
     cpt_learning_rates: tuple
     cl_learning_rates: tuple
     wide_learning_rates: tuple
@@ -76,6 +78,7 @@ SCALES = {
         cpt_batch_size=16,
         cl_steps=90,
         cl_batch_size=32,
+        rows_per_class=30,
         cpt_learning_rates=(2e-3, 4e-3),
         cl_learning_rates=(3e-4, 1e-3),
         wide_learning_rates=(2e-4, 5e-4, 1e-3, 2e-3),
@@ -101,7 +104,8 @@ SCALES = {
         cpt_steps=2400,
         cpt_batch_size=32,
         cl_steps=600,
-        cl_batch_size=128,
+        cl_batch_size=64,
+        rows_per_class=12,
         cpt_learning_rates=(2e-4, 5e-4),
         cl_learning_rates=(5e-5, 1e-4),
         wide_learning_rates=(2.5e-5, 5e-5, 1e-4, 2e-4),

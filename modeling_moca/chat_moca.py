@@ -1,4 +1,4 @@
-"""MoCa's plain format: what a chat of messages looks like as one row of text and images.
+"""MoCa's plain format: rows of text and images, and what a chat of messages looks like as one.
 
 This file travels to the Hub as remote code.
 """
@@ -70,6 +70,37 @@ def chat_parts(row, chat):
     return [*parts[:num_leading], prompt, *parts[num_leading:]]
 
 
+def plain_parts(texts, images):
+    """Return rows of the plain format as parts.
+
+    Args:
+        texts (`list[str]`): a row each, in which `PLACEHOLDER` stands for an image.
+        images (*optional*): images of every row, `list[list]`; or one flat list, dealt to the placeholders in order;
+            or one image.
+
+    Returns:
+        `list[list]`: a `str` for text, a 1-tuple for an image.
+
+    Raises:
+        ValueError: a row is empty, or placeholders and images differ in number.
+    """
+    per_row = _deal_images(images, [text.count(PLACEHOLDER) for text in texts])
+    rows = []
+    for row, (text, row_images) in enumerate(zip(texts, per_row)):
+        pieces = text.split(PLACEHOLDER)
+        if len(pieces) - 1 != len(row_images):
+            raise ValueError(
+                f"Row {row}: the text has {len(pieces) - 1} image placeholders, but there are {len(row_images)} images."
+            )
+        if not text:
+            raise ValueError(f"Row {row} is empty: it has neither text nor images.")
+        parts = [pieces[0]]
+        for image, piece in zip(row_images, pieces[1:]):
+            parts += [(image,), piece]
+        rows.append(parts)
+    return rows
+
+
 def _flat_messages(chat):
     """Yield messages; a chat inside a batch of other inputs arrives wrapped in blocks of type "message"."""
     for message in chat:
@@ -85,4 +116,24 @@ def _flat_messages(chat):
                 yield {**message, "content": [block]}
 
 
-__all__ = ["CHAT_TEMPLATE", "IMAGE_PAD", "PLACEHOLDER", "VISION_END", "VISION_START", "chat_parts"]
+def _deal_images(images, num_placeholders):
+    """Return a list of images for every row, whichever way they were given."""
+    if images is None:
+        return [[] for _ in num_placeholders]
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    if any(isinstance(row, (list, tuple)) or row is None for row in images):
+        nested = [[] if row is None else list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+        if len(nested) != len(num_placeholders):
+            raise ValueError(f"Got images for {len(nested)} rows, but text for {len(num_placeholders)}.")
+        return nested
+    if len(images) != sum(num_placeholders):
+        raise ValueError(
+            f"The text has {sum(num_placeholders)} image placeholders in {len(num_placeholders)} rows "
+            f"({num_placeholders}), but there are {len(images)} images."
+        )
+    remaining = iter(images)
+    return [[next(remaining) for _ in range(count)] for count in num_placeholders]
+
+
+__all__ = ["CHAT_TEMPLATE", "IMAGE_PAD", "PLACEHOLDER", "VISION_END", "VISION_START", "chat_parts", "plain_parts"]

@@ -1,6 +1,8 @@
 """The README's Python blocks run, its commands exist, its file tree is the repository's."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,14 @@ def test_stock_checkpoint_block_runs(tmp_path):
     names = {}
     exec(block.replace("Qwen/Qwen2.5-VL-3B-Instruct", str(tmp_path)), names)
     assert names["model"].config.mask_token_id == names["processor"].mask_token_id == 6
+
+
+@pytest.mark.parametrize("script", ["mine_negatives", "build_cpt_dataset", "study"])
+def test_scripts_start_in_a_fresh_interpreter(script, tmp_path):
+    # Their other tests run them in processes that have imported most of what they need.
+    command = [sys.executable, str(ROOT / "examples" / f"{script}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 
 def test_commands_and_files_exist():

@@ -11,12 +11,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import study  # noqa: E402
+import study_backbone  # noqa: E402
 import study_data  # noqa: E402
 import study_jobs  # noqa: E402
 import study_results  # noqa: E402
@@ -25,6 +27,7 @@ from study_rows import MOCA, ROWS  # noqa: E402
 from study_scales import SCALES  # noqa: E402
 
 PLACEHOLDER = study_data.PLACEHOLDER
+QWEN_TOKENIZER = ROOT.parent / "shared" / "data" / "tokenizer"
 PAGE = ROOT / "docs" / "study.md"
 RESULTS = ROOT / "docs" / "study" / "results-cpu.json"
 WORDS = "tide moon sun star sea rock leaf root cell bone wave light".split()
@@ -158,6 +161,8 @@ def test_a_document_is_cut_after_sentences_and_keeps_its_images():
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"cpt/dev\.parquet is not there: --data must name a folder"):
         study_data.read(tmp_path, "cpt/dev")
+    with pytest.raises(ValueError, match=r"cpt/train\.parquet is not there"):
+        study_jobs.Study(tmp_path / "output", tmp_path, TINY)
 
 
 def test_queries_with_several_pages_and_equal_candidates_once(data):
@@ -168,8 +173,29 @@ def test_queries_with_several_pages_and_equal_candidates_once(data):
 
 
 def test_stage_2_can_do_without_a_family(data):
-    assert set(study_data.labelled_pairs(data, "train")) == set(study_data.TASKS)
-    assert set(study_data.labelled_pairs(data, "train", ("long-form",))) == {"captions", "photos", "passages"}
+    assert set(study_data.labelled_pairs(data, "train", 30)) == set(study_data.TASKS)
+    assert set(study_data.labelled_pairs(data, "train", 30, ("long-form",))) == {"captions", "photos", "passages"}
+
+
+def test_classes_are_cut_in_training_only(data):
+    assert len(study_data.labelled_pairs(data, "train", 1)["photos"]) == 8
+    assert len(study_data.labelled_pairs(data, "train", 30)["photos"]) == 12
+    assert len(study_data.searches(data, "train")["photos"]["queries"]) == 12
+
+
+@pytest.mark.skipif(not QWEN_TOKENIZER.is_dir(), reason="the real Qwen tokenizer is not there (shared/data/tokenizer)")
+def test_the_first_merges_are_a_tokenizer():
+    text = "The tide-tables of 1884: naïve but readable, ½ of them in 中文.\n\nA photo."
+    whole = study_backbone.make_tokenizer(QWEN_TOKENIZER, None)
+    every = study_backbone.make_tokenizer(QWEN_TOKENIZER, 200_000)
+    assert every(text)["input_ids"] == whole(text)["input_ids"]
+    cut = study_backbone.make_tokenizer(QWEN_TOKENIZER, 2000)
+    ids = cut(text)["input_ids"]
+    assert cut.decode(ids) == text and len(ids) > len(whole(text)["input_ids"])
+    assert max(ids) < 256 + 2000 <= min(cut.convert_tokens_to_ids(list(study_backbone.SPECIAL_TOKENS)))
+    for tokenizer in (whole, every, cut):
+        for token in study_backbone.SPECIAL_TOKENS:
+            assert len(tokenizer(token)["input_ids"]) == 1
 
 
 def test_every_row_has_as_many_trials():
@@ -227,16 +253,24 @@ def test_results_tables_and_figures(finished):
     assert set(results["claims"]) == {"cpt", "tokens", "batches"}
     tables = (output / "tables.md").read_text()
     assert all(f"| {row} |" in tables for row in SOME)
-    assert "<!-- filled-in -->" in tables and "~~" in tables
+    assert "<!-- filled-in -->" in tables and " → " in tables
     for name in (*results["claims"], "curve_mae_ratio"):
         assert (output / "figures" / f"{name}.svg").stat().st_size > 1000
-    assert Image.open(output / "figures" / "reconstruction.png").width > 500
+    assert Image.open(output / "figures" / "reconstruction.jpg").width > 500
 
 
 def test_other_settings_are_refused(finished, data):
     output, _, _ = finished
     with pytest.raises(ValueError, match="holds results of other settings or other data"):
         study_jobs.Study(output, data, dataclasses.replace(TINY, cl_steps=3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_large_scale_needs_a_gpu(monkeypatch, capsys, data, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--scale", "gpu", "--data", str(data), "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "--scale gpu needs a GPU, and torch sees none; --scale cpu does without." in capsys.readouterr().err
 
 
 def rows_of(values):

@@ -26,6 +26,7 @@ CODE = [
     "chat_moca.py",
     "configuration_moca.py",
     "heads_moca.py",
+    "image_inputs_moca.py",
     "images_moca.py",
     "modeling_moca.py",
     "processing_moca.py",

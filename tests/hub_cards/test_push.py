@@ -258,6 +258,7 @@ def test_dry_run_lists_and_asks_nobody(client, published, caplog):
         ("run_state_0.json", "leftover of training"),
         ("rejected.jsonl", "leftover of training"),
         ("checkpoint-5/model.safetensors", "leftover of training"),
+        ("converted/model.safetensors", "leftover of training"),
         ("runs/today/events.out.tfevents.1", "leftover of training"),
         (".git/config", "stray file"),
         (".env", "stray file"),

@@ -242,6 +242,35 @@ def test_rows_differ_in_what_they_say(finished):
     assert not weights[0][key].equal(weights[1][key]) and not weights[1][key].equal(weights[2][key])
 
 
+def test_settings_reach_the_trainers(finished, data, tmp_path):
+    output, _, _ = finished
+
+    def stage(folder):
+        return json.loads((folder / "training_record.json").read_text())["stages"][-1]
+
+    assert stage(output / "cpt/moca-mae_ratio-0.25-0.001-seed0")["arguments"]["mae_ratio"] == 0.25
+    assert stage(output / "cpt/moca-0.001-seed1")["arguments"]["mae_ratio"] == 0.5
+    for name, of_one_task in (("without_task_aware_batches", False), ("MoCa__CPT___CL", True)):
+        record = stage(output / f"cl/{name}-0.001-0.002-seed0")
+        assert record["arguments"]["task_batches"] is of_one_task and record["arguments"]["learning_rate"] == 2e-3
+        assert {entry["name"] for entry in record["datasets"]} == set(study_data.TASKS)
+    some = study_jobs.Study(output, data, TINY)
+    job = some.tuning("without text pairs", (1e-3, 1e-3), 0)
+    study_runs.fine_tune(tmp_path, data, TINY, **job.arguments)
+    assert {entry["name"] for entry in stage(tmp_path)["datasets"]} == set(study_data.TASKS) - {"passages"}
+    for name, setting, value in (
+        ("without MLM", "mlm_ratio", 0),
+        ("without MAE", "mae_ratio", 0),
+        ("labels not shifted", "shift_labels", False),
+    ):
+        assert some.pretraining(name, 1e-3, 0).arguments["settings"] == {setting: value}
+        assert (
+            some.tuning(name, (1e-3, 1e-3), 0)
+            .arguments["start_model"]
+            .endswith(f"{name.replace(' ', '_')}-0.001-seed0/last")
+        )
+
+
 def test_results_tables_and_figures(finished):
     output, _, raw = finished
     results = json.loads((output / "results.json").read_text())
